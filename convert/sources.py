@@ -1,0 +1,178 @@
+"""A checkpoint directory in Hugging Face's or Meta's layout as one set of named tensors, none of them read yet."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mllama_jax.convert.files import TensorFile, read_json
+from mllama_jax.convert.pth import PthFile
+from mllama_jax.convert.safetensors import SafetensorsFile
+from mllama_jax.errors import InputError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_META_SHARD = re.compile(r"consolidated(?:\.(\d\d))?\.pth")
+# How Meta's fairscale layers split over model-parallel ranks: columns by output, rows by input, the rest replicated.
+_COLUMN_PARALLEL = {
+    *("wq", "wk", "wv", "w1", "w3", "c_fc"),
+    *("tok_embeddings", "learnable_embedding", "output", "_linear", "vision_projection"),
+}
+_ROW_PARALLEL = {"wo", "w2", "c_proj"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by their raw names. Views are read-only and lazy: bytes are read as they are used.
+
+    `shapes` are those of whole tensors; `parts` gives one view per file that holds a part, in rank order. Parts join
+    along `split_dim(name)`; where that is None they are copies of the whole tensor.
+    """
+
+    layout: Literal["hf", "meta"]
+    directory: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, np.dtype]
+    split_dim: Callable[[str], int | None]
+    files: Mapping[str, Sequence[TensorFile]] = field(repr=False)
+    config_json: dict[str, Any] = field(default_factory=dict)  # hf
+    generation_json: dict[str, Any] = field(default_factory=dict)  # hf, where there is one
+    params_json: dict[str, Any] = field(default_factory=dict)  # meta
+
+    def names(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def parts(self, name: str) -> list[np.ndarray]:
+        return [file.read(name) for file in self.files[name]]
+
+
+def meta_split(name: str) -> int | None:
+    """The dimension along which Meta's model-parallel files split the tensor `name`; None if each holds all of it."""
+    module, _, kind = name.rpartition(".")
+    module = module.rpartition(".")[2]
+    if module in _COLUMN_PARALLEL:
+        return 0
+    return 1 if module in _ROW_PARALLEL and kind == "weight" else None
+
+
+def open_checkpoint(directory: str | Path, split_dim: Callable[[str], int | None] = meta_split) -> Checkpoint:
+    """Opens a Hugging Face directory (model.safetensors, or an index with its shards, and config.json) or a release
+    directory of Meta's (consolidated.pth, or consolidated.00.pth and so on, and params.json).
+
+    Every file's header is checked, and the files against each other; InputError says which file is at fault.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        fault = "is a file" if directory.exists() else "does not exist"
+        raise InputError(f"{directory}: {fault}; expected a checkpoint directory")
+    present = {path.name for path in directory.iterdir()}
+    hf = sorted(present & {_SINGLE, _INDEX})
+    meta = sorted(filter(_META_SHARD.fullmatch, present))
+    if len(hf) > 1 or (hf and meta) or (len(meta) > 1 and "consolidated.pth" in meta):
+        raise InputError(f"{directory}: ambiguous: holds {' and '.join((hf + meta)[:3])}; keep one checkpoint in it")
+    if hf:
+        return _open_hf(directory, hf[0])
+    if meta:
+        return _open_meta(directory, meta, split_dim)
+    hint = "; its folder 'original' may be one" if "original" in present else ""
+    raise InputError(
+        f"{directory}: no checkpoint: expected {_SINGLE}, {_INDEX}, consolidated.pth or consolidated.00.pth{hint}"
+    )
+
+
+def _open_hf(directory: Path, found: str) -> Checkpoint:
+    config = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if found == _SINGLE:
+        file = SafetensorsFile(directory / _SINGLE)
+        files = dict.fromkeys(file.tensors, file)
+    else:
+        files = _open_index(directory / _INDEX)
+    return Checkpoint(
+        layout="hf",
+        directory=directory,
+        shapes={name: file.tensors[name].shape for name, file in files.items()},
+        dtypes={name: file.tensors[name].dtype for name, file in files.items()},
+        split_dim=lambda name: None,
+        files={name: [file] for name, file in files.items()},
+        config_json=config,
+        generation_json=read_json(generation) if generation.exists() else {},
+    )
+
+
+def _open_index(path: Path) -> dict[str, SafetensorsFile]:
+    """Each tensor's file. The index and its files must agree on where every tensor is."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{path}: expected an object 'weight_map' of tensor name to file name")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise InputError(f"{path}: expected names of .safetensors files beside it, got {shard!r}")
+    absent = [shard for shard in shards if not (path.parent / shard).exists()]
+    if absent:
+        raise InputError(f"{path}: names {len(absent)} absent files: {', '.join(absent)}; download them")
+    files = {shard: SafetensorsFile(path.parent / shard) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in files[shard].tensors:
+            raise InputError(f"{files[shard].path}: tensor {name!r} is missing, though {path.name} places it there")
+    for shard, file in files.items():
+        for name in file.tensors:
+            if name not in weight_map:
+                raise InputError(
+                    f"{file.path}: tensor {name!r} is not in {path.name}; the files are of two checkpoints"
+                )
+            if weight_map[name] != shard:
+                raise InputError(f"{file.path}: tensor {name!r} is also in {weight_map[name]}; expected it in one file")
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def _open_meta(directory: Path, shards: list[str], split_dim: Callable[[str], int | None]) -> Checkpoint:
+    params = read_json(directory / "params.json")
+    if shards != ["consolidated.pth"]:
+        last = int(shards[-1].split(".")[1])
+        absent = sorted({f"consolidated.{rank:02d}.pth" for rank in range(last + 1)} - set(shards))
+        if absent:
+            raise InputError(f"{directory}: missing {', '.join(absent)}, though {shards[-1]} is there; download them")
+    if 8 % len(shards):
+        raise InputError(
+            f"{directory}: holds {len(shards)} consolidated files; expected 1, 2, 4 or 8; one may be missing"
+        )
+    files = [PthFile(directory / shard) for shard in shards]
+    first = files[0]
+    for file in files[1:]:
+        _check_same_model(first, file)
+    shapes = {}
+    for name, region in first.tensors.items():
+        dim = split_dim(name)
+        if dim is not None and dim >= len(region.shape):
+            raise InputError(f"{first.path}: tensor {name!r}: expected more than {dim} dimensions, got {region.shape}")
+        shapes[name] = tuple(size * len(files) if axis == dim else size for axis, size in enumerate(region.shape))
+    return Checkpoint(
+        layout="meta",
+        directory=directory,
+        shapes=shapes,
+        dtypes={name: region.dtype for name, region in first.tensors.items()},
+        split_dim=split_dim,
+        files=dict.fromkeys(first.tensors, files),
+        params_json=params,
+    )
+
+
+def _check_same_model(first: PthFile, other: PthFile) -> None:
+    """Model-parallel files split every tensor evenly, so they agree on all names, shapes and dtypes."""
+    differing = sorted(first.tensors.keys() ^ other.tensors.keys())
+    if differing:
+        raise InputError(
+            f"{other.path}: a shard of another model than {first.path.name}: only one of them holds {differing[0]!r} "
+            f"({len(differing)} such tensors); download the release again"
+        )
+    for name, region in first.tensors.items():
+        here = other.tensors[name]
+        if (here.shape, here.dtype) != (region.shape, region.dtype):
+            raise InputError(
+                f"{other.path}: tensor {name!r}: expected {region.dtype} {list(region.shape)} as in {first.path.name}, "
+                f"got {here.dtype} {list(here.shape)}; the files are shards of two models"
+            )
