@@ -1,0 +1,64 @@
+"""`load`: from a checkpoint directory to a model on its devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mllama_jax.api import Mllama
+from mllama_jax.config import MllamaConfig
+from mllama_jax.convert.apply import load_parameters, paths, read_config
+from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.errors import InputError
+from mllama_jax.model.mllama import MllamaModel, abstract_parameters
+from mllama_jax.processing.chat import load_template
+from mllama_jax.processing.tokenizer import Tokenizer
+from mllama_jax.sharding.rules import SERVE, Rules
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Mllama:
+    """Load a checkpoint directory straight onto devices, one tensor at a time.
+
+    Args:
+        path: a Hugging Face directory (key names from before or after transformers 4.52) or a Meta release directory.
+        dtype: of the parameters and the computation; "float32" also means float32 products.
+        mesh: with axes data, kv and q, to spread the parameters over; the default device otherwise.
+
+    Raises:
+        InputError: the directory, its config or its tensors cannot be used.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    directory = Path(path)
+    checkpoint = open_checkpoint(directory)
+    config = read_config(checkpoint)
+    abstract = abstract_parameters(config)
+    rules = Rules.of(mesh, SERVE) if mesh is not None else None
+    shapes = {target: leaf.shape for target, leaf in paths(nn.unbox(abstract)).items()}
+    params = load_parameters(checkpoint, config, shapes, _placer(abstract, jnp.dtype(dtype), rules))
+    model = MllamaModel(config, jnp.dtype(dtype), rules.constrain) if rules else MllamaModel(config, jnp.dtype(dtype))
+    return Mllama(model, params, Tokenizer.find(directory), load_template(directory), directory)
+
+
+def _placer(
+    abstract: Mapping[str, Any], dtype: np.dtype, rules: Rules | None
+) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """A function that casts a parameter and puts it where the rules say."""
+    names = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))[0]:
+        names[tuple(key.key for key in path)] = leaf.names
+
+    def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
+        return jax.device_put(value.astype(dtype, copy=False), rules.sharding(*names[path]) if rules else None)
+
+    return put

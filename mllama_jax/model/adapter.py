@@ -1,0 +1,77 @@
+"""The adapter: the projector from vision features to the decoder's width, and the gated cross-attention layers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mllama_jax.config import TextConfig
+from mllama_jax.model.attention import attention
+from mllama_jax.model.cache import KVCache
+from mllama_jax.model.layers import Constrain, Linear, RMSNorm, SwiGLU, parameter, unconstrained
+
+
+class Projector(nn.Module):
+    """Vision features [..., C, N, E] -> the decoder's width [..., C, N, D]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, axes = (self.width, x.shape[-1]), ("embed", "features")
+        return Linear("...e,de->...d", shape, axes, bias=True, name="linear")(x)
+
+
+class CrossAttention(nn.Module):
+    """Attention from text to tiles: no rotary positions, RMS norms on queries and keys over the head width."""
+
+    config: TextConfig
+    constrain: Constrain = unconstrained
+
+    def setup(self) -> None:
+        c = self.config
+        K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
+        self.q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"))
+        self.kv = Linear("bsd,kchd->bskch", (K, 2, H, D), ("kv_heads", None, "head_dim", "embed"))
+        self.out = Linear("btkgh,dkgh->btd", (D, K, G, H), ("embed", "kv_heads", "q_heads", "head_dim"), inputs=3)
+        self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
+
+    def keys_values(self, features: jax.Array) -> KVCache:
+        """Projected features [B, M, N, D] -> keys and values [B, M*N, K, H], computed once for all text."""
+        kv = self.kv(rearrange(features, "b m n d -> b (m n) d"))
+        k = self.constrain(self.k_norm(kv[:, :, :, 0]), "batch", "image_seq", "kv_heads", "head_dim")
+        v = self.constrain(kv[:, :, :, 1], "batch", "image_seq", "kv_heads", "head_dim")
+        return KVCache(k, v)
+
+    def __call__(self, x: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
+        """Attend from x [B, T, D] to the tiles that bool `visible` [B, T, M] names; zero where it names none."""
+        q = self.q_norm(self.q(x))
+        mask = jnp.repeat(visible, cache.k.shape[1] // visible.shape[-1], axis=-1)
+        y = attention(q, cache.k, cache.v, mask)
+        y = y * visible.any(axis=-1)[:, :, None, None, None].astype(y.dtype)
+        return self.constrain(self.out(y), "batch", "seq", "embed")
+
+
+class CrossAttentionLayer(nn.Module):
+    """`x + tanh(g) * attention`, then `x + tanh(g') * MLP`; both vanish at a position that sees no picture."""
+
+    config: TextConfig
+    constrain: Constrain = unconstrained
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm, self.mlp_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
+        self.attention = CrossAttention(c, self.constrain)
+        self.mlp = SwiGLU(c.hidden, self.constrain)
+        self.attention_gate = parameter(self, "attention_gate", nn.initializers.zeros, (1,), (None,))
+        self.mlp_gate = parameter(self, "mlp_gate", nn.initializers.zeros, (1,), (None,))
+
+    def keys_values(self, features: jax.Array) -> KVCache:
+        return self.attention.keys_values(features)
+
+    def __call__(self, x: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
+        sees = visible.any(axis=-1, keepdims=True).astype(x.dtype)
+        x = x + jnp.tanh(self.attention_gate.astype(x.dtype)) * self.attention(self.attention_norm(x), cache, visible)
+        return x + jnp.tanh(self.mlp_gate.astype(x.dtype)) * sees * self.mlp(self.mlp_norm(x))

@@ -1,0 +1,18 @@
+"""Softmax attention, grouped by key/value head, behind one function."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.model.layers import einsum
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attend from q [B, T, K, G, H] to k, v [B, S, K, H] where the bool mask [B, T, S] allows it.
+
+    Scores and softmax are float32. A query that sees no key gets the mean of all values: callers zero such rows.
+    """
+    scores = einsum("btkgh,bskh->bkgts", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)

@@ -1,0 +1,46 @@
+"""What a decoder remembers: keys and values of the text so far, and of the pictures."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mllama_jax.config import TextConfig
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of one layer, each [B, S, K, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
+        """Put k, v [B, T, K, H] at positions int [B, T], a run of consecutive ones in each row."""
+        put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (start, 0, 0)))
+        return KVCache(put(self.k, k, positions[:, 0]), put(self.v, v, positions[:, 0]))
+
+
+@struct.dataclass
+class CrossCache:
+    """What the cross-attention layers see: keys and values of the rows' tiles, and who may see them.
+
+    Attributes:
+        layers: one KVCache a cross-attention layer, S = M * N positions.
+        spans: int32 [B, M, 2], the text positions [start, end) that see each tile; (0, 0) for a tile that is not there.
+    """
+
+    layers: tuple[KVCache, ...]
+    spans: jax.Array
+
+    def visible(self, positions: jax.Array) -> jax.Array:
+        """bool [B, T, M]: which tiles the text positions int [B, T] may see."""
+        start, end = self.spans[:, None, :, 0], self.spans[:, None, :, 1]
+        return (start <= positions[:, :, None]) & (positions[:, :, None] < end)
+
+
+def empty_cache(config: TextConfig, rows: int, length: int, dtype: jnp.dtype) -> tuple[KVCache, ...]:
+    """An empty self-attention cache: one [rows, length, K, H] pair for each self-attention layer."""
+    shape = (rows, length, config.kv_heads, config.head_dim)
+    return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.self_layers)

@@ -1,0 +1,112 @@
+"""The text decoder: Llama 3.1's self-attention layers with cross-attention layers between them."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.config import TextConfig
+from mllama_jax.model.adapter import CrossAttentionLayer
+from mllama_jax.model.attention import attention
+from mllama_jax.model.cache import CrossCache, KVCache
+from mllama_jax.model.layers import (
+    Constrain,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    einsum,
+    parameter,
+    rotary_frequencies,
+    rotate,
+    unconstrained,
+)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions over a cache."""
+
+    config: TextConfig
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: KVCache, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+        c = self.config
+        K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
+        q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"), name="q")(x)
+        kv = Linear("btd,kchd->btkch", (K, 2, H, D), ("kv_heads", None, "head_dim", "embed"), name="kv")(x)
+        frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
+        q, k = rotate(q, positions, frequencies), rotate(kv[:, :, :, 0], positions, frequencies)
+        cache = cache.write(k, kv[:, :, :, 1], positions)
+        causal = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]  # B T S
+        y = attention(q, cache.k, cache.v, causal)
+        out = Linear("btkgh,dkgh->btd", (D, K, G, H), ("embed", "kv_heads", "q_heads", "head_dim"), inputs=3, name="out")
+        return self.constrain(out(y), "batch", "seq", "embed"), cache
+
+
+class SelfAttentionLayer(nn.Module):
+    """A pre-norm Llama layer."""
+
+    config: TextConfig
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: KVCache, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+        c = self.config
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        y, cache = SelfAttention(c, self.constrain, name="attention")(y, cache, positions)
+        x = x + y
+        return x + SwiGLU(c.hidden, self.constrain, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x)), cache
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states to logits. Without a CrossCache the cross-attention layers are skipped, exactly."""
+
+    config: TextConfig
+    dtype: jnp.dtype
+    constrain: Constrain = unconstrained
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.embedding = parameter(self, "embedding", init, (c.vocab + c.extra_embeddings, c.width), (None, "embedding"))
+        if not c.tied:
+            self.head = Linear("...d,vd->...v", (c.vocab, c.width), ("vocab", "embed"))
+        self.layers = [
+            (CrossAttentionLayer if i in c.cross_layers else SelfAttentionLayer)(c, self.constrain) for i in range(c.layers)
+        ]
+        self.norm = RMSNorm(c.norm_eps)
+
+    def keys_values(self, features: jax.Array) -> tuple[KVCache, ...]:
+        """Projected features [B, M, N, D] -> keys and values for each cross-attention layer."""
+        return tuple(self.layers[i].keys_values(features) for i in self.config.cross_layers)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...], cross: CrossCache | None
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Run tokens int [B, T] at positions int [B, T]; returns the normed states [B, T, D] and the cache they extend."""
+        x = self.embedding.astype(self.dtype)[tokens]
+        x = self.constrain(x, "batch", "seq", "embed")
+        self.sow("intermediates", "embedded", x)
+        selves = iter(cache)
+        crosses = iter(cross.layers if cross is not None else ())
+        visible = cross.visible(positions) if cross is not None else None
+        written = []
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, SelfAttentionLayer):
+                x, layer_cache = layer(x, next(selves), positions)
+                written.append(layer_cache)
+            elif visible is not None:
+                x = layer(x, next(crosses), visible)
+            self.sow("intermediates", f"layer_{i}", x)
+        x = self.norm(x)
+        self.sow("intermediates", "norm", x)
+        return x, tuple(written)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V]."""
+        if self.config.tied:
+            y = einsum("...d,vd->...v", x, self.embedding[: self.config.vocab].astype(x.dtype))
+        else:
+            y = self.head(x)
+        return y.astype(jnp.float32)

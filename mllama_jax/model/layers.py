@@ -1,0 +1,114 @@
+"""Linear maps, norms, the gated MLP and rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.config import RopeScaling
+
+Axes = tuple[str | None, ...]
+Constrain = Callable[..., jax.Array]
+"""`constrain(x, "batch", "seq", "embed")` places `x` on a mesh by the logical names of its axes."""
+
+
+def unconstrained(x: jax.Array, *axes: str | None) -> jax.Array:
+    return x
+
+
+def einsum(equation: str, *operands: jax.Array) -> jax.Array:
+    """An einsum in the operands' dtype; a float32 one in true float32, which no accelerator does by default."""
+    exact = operands[0].dtype == jnp.float32
+    return jnp.einsum(equation, *operands, precision="highest" if exact else "default")
+
+
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    """Declare a float32 parameter with one logical name an axis; loaders may bring it in another dtype."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class Linear(nn.Module):
+    """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in...]` with `inputs` trailing input axes."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: Axes
+    inputs: int = 1
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        outputs = len(self.shape) - self.inputs
+        init = nn.initializers.normal(math.prod(self.shape[outputs:]) ** -0.5)
+        y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
+        if self.bias:
+            y += parameter(self, "bias", nn.initializers.zeros, self.shape[:outputs], self.axes[:outputs]).astype(x.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32 and scaled in the input's dtype, as Meta does."""
+
+    eps: float
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (self.axis,))
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, with bias, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        bias = parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,))
+        y = x.astype(jnp.float32)
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate x) * up x)`; gate and up are one kernel `[2, F, D]`."""
+
+    hidden: int
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D]
+        D = x.shape[-1]
+        gate_up = Linear("btd,cfd->btcf", (2, self.hidden, D), (None, "mlp", "embed"), name="gate_up")(x)
+        gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+        y = Linear("btf,df->btd", (D, self.hidden), ("embed", "mlp"), name="down")(nn.silu(gate) * up)
+        return self.constrain(y, "batch", "seq", "embed")
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Angular frequencies, float32 [H/2]; Llama 3.1's scaling stretches the long wavelengths (``apply_scaling``)."""
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # wavelengths that fit the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary embedding of x [B, T, ..., H] at positions int [B, T]; the pairs are the two halves of H."""
+    angles = positions[..., None] * frequencies  # B T H/2
+    angles = angles.reshape(*positions.shape, *(1,) * (x.ndim - 3), -1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,68 @@
+"""Llama 3.2 Vision as one Linen module with three entry points: `encode`, `keys_values`, and the decoder step."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.config import MllamaConfig
+from mllama_jax.model.adapter import Projector
+from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.decoder import Decoder
+from mllama_jax.model.layers import Constrain, unconstrained
+from mllama_jax.model.vision import VisionEncoder
+
+
+class MllamaModel(nn.Module):
+    """The whole model, computing in `dtype` whatever dtype the parameters have."""
+
+    config: MllamaConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+    constrain: Constrain = unconstrained
+
+    def setup(self) -> None:
+        c = self.config
+        if c.vision is not None:
+            self.vision = VisionEncoder(c.vision, self.constrain)
+            self.projector = Projector(c.text.width)
+        self.text = Decoder(c.text, self.dtype, self.constrain)
+
+    def encode(self, pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
+        """Normalised pixels [I, C, 3, P, P] and aspect ratio ids int [I] -> projected features [I, C, N, D]."""
+        return self.projector(self.vision(pixels.astype(self.dtype), ratio_ids))
+
+    def keys_values(self, features: jax.Array, spans: jax.Array) -> CrossCache:
+        """Projected features of the rows' tiles [B, M, N, D] and their spans int [B, M, 2] -> a CrossCache."""
+        return CrossCache(self.text.keys_values(features), spans)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...], cross: CrossCache | None
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """See `Decoder.__call__`."""
+        return self.text(tokens, positions, cache, cross)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """See `Decoder.logits`."""
+        return self.text.logits(x)
+
+    def touch(self) -> jax.Array:
+        """Run every part once on the smallest input: what `init` traces to declare all parameters."""
+        c, cross = self.config, None
+        if c.vision is not None:
+            pixels = jnp.zeros((1, c.vision.max_tiles, 3, c.vision.tile, c.vision.tile))
+            features = self.encode(pixels, jnp.ones(1, jnp.int32))
+            cross = self.keys_values(features, jnp.zeros((1, c.vision.max_tiles, 2), jnp.int32))
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        x, _ = self(tokens, tokens, empty_cache(c.text, 1, 1, self.dtype), cross)
+        return self.logits(x)
+
+
+def init_parameters(config: MllamaConfig, key: jax.Array) -> dict:
+    """Random float32 parameters."""
+    return nn.unbox(MllamaModel(config).init(key, method="touch"))["params"]
+
+
+def abstract_parameters(config: MllamaConfig) -> dict:
+    """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; traced, nothing is allocated."""
+    return jax.eval_shape(lambda: MllamaModel(config).init(jax.random.key(0), method="touch"))["params"]
