@@ -138,9 +138,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def array_bytes(array: ArrayLike) -> memoryview:
-    """The bytes of an array in C order. NumPy's buffer protocol knows no bfloat16, hence the cast."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def array_bytes(name: str, array: ArrayLike) -> memoryview:
+    """An array's bytes in C order; ValueError if it is not of the shape and dtype by which the header announced it."""
+    made = np.asarray(array)
+    if (made.shape, made.dtype) != (tuple(array.shape), array.dtype):
+        raise ValueError(f"{name}: announced as {array.dtype} {array.shape}, made as {made.dtype} {made.shape}")
+    return np.ascontiguousarray(made).reshape(-1).view(np.uint8).data  # the buffer protocol knows no bfloat16
 
 
 @contextmanager

@@ -4,17 +4,24 @@ Format (torch/serialization.py, caffe2/serialize/inline_container.cc): a zip arc
 folder: `data.pkl`, the pickled state dict (see `unpickle`), and `data/<key>`, the bytes of one storage each.
 """
 
+import math
+import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mllama_jax.convert.files import Region, TensorFile, guess_kind, valid_shape
-from mllama_jax.convert.unpickle import Storage, View, unpickle
+import numpy as np
+
+from mllama_jax.convert.files import ArrayLike, Region, TensorFile, array_bytes, guess_kind, replacing, valid_shape
+from mllama_jax.convert.unpickle import STORAGES, UNTYPED, UNTYPED_STORAGE, Callables, Storage, View, unpickle
 from mllama_jax.errors import InputError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 _MAX_PICKLE = 64 * 2**20
+_ALIGNMENT = 64  # of storages, as in torch's files
+_ZIP64_SIZE = 2**30  # zip's plain size fields end at 4 GiB, and zipfile leaves them earlier
 
 
 class PthFile(TensorFile):
@@ -112,3 +119,73 @@ class PthFile(TensorFile):
         start = self._storage(where, view.storage) + view.offset * itemsize
         strides = tuple(step * itemsize for step in stride)
         return Region(view.dtype, shape, start, start + span * itemsize, strides)
+
+
+def write_pth(path: str | Path, tensors: Mapping[str, ArrayLike]) -> None:
+    """Writes `tensors`, one at a time, to `path + ".partial"`, and renames that to `path` once it is safely on disk.
+
+    The bytes depend on nothing but the tensors and their order. InputError for a dtype that torch lacks.
+    """
+    path = Path(path)
+    pickled = _pickle(path, tensors)
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+
+        def add(member: str, data: bytes | memoryview) -> None:
+            info = zipfile.ZipInfo(f"archive/{member}")
+            info.create_system, info.file_size, info.CRC = 0, len(data), 0
+            zip64 = len(data) >= _ZIP64_SIZE
+            unaligned = file.tell() + len(info.FileHeader(zip64)) + 4
+            info.extra = struct.pack("<2sH", b"FB", -unaligned % _ALIGNMENT) + b"Z" * (-unaligned % _ALIGNMENT)
+            with archive.open(info, "w", force_zip64=zip64) as member_file:
+                member_file.write(data)
+
+        add("data.pkl", pickled)
+        add("byteorder", b"little")
+        for key, (name, array) in enumerate(tensors.items()):
+            add(f"data/{key}", array_bytes(name, array))
+        add("version", b"3\n")
+
+
+def _pickle(path: Path, tensors: Mapping[str, ArrayLike]) -> bytes:
+    """The protocol 2 pickle by which torch rebuilds a dict of contiguous tensors, storage `i` holding tensor `i`."""
+    storages = {dtype: kind for kind, dtype in STORAGES.items() if kind != UNTYPED_STORAGE}
+    untyped = {dtype: kind for kind, dtype in UNTYPED.items()}
+    program = [b"\x80\x02}("]
+    for key, (name, array) in enumerate(tensors.items()):
+        dtype, shape, count = np.dtype(array.dtype), tuple(array.shape), math.prod(array.shape)
+        if dtype not in storages and dtype not in untyped:
+            raise InputError(f"{path}: tensor {name!r}: torch has no dtype {dtype}; convert it first")
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        kind, count, rebuild, extra = (
+            (storages[dtype], count, Callables.TENSOR, b"")
+            if dtype in storages
+            else (UNTYPED_STORAGE, count * dtype.itemsize, Callables.UNTYPED_TENSOR, _global(untyped[dtype]))
+        )
+        storage = b"(" + _text("storage") + _global(kind) + _text(str(key)) + _text("cpu") + _int(count) + b"tQ"
+        hooks = _global(Callables.ORDERED_DICT) + b")R"
+        arguments = (
+            storage + _int(0) + _ints(shape) + _ints(strides) + b"\x89" + hooks + extra
+        )  # \x89: needs no gradient
+        program.append(_text(name) + _global(rebuild) + b"(" + arguments + b"tR")
+    return b"".join([*program, b"u."])
+
+
+def _global(name: str) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _int(value: int) -> bytes:
+    if value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    encoded = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(encoded)]) + encoded
+
+
+def _ints(values: Sequence[int]) -> bytes:
+    return b"(" + b"".join(map(_int, values)) + b"t"

@@ -4,13 +4,24 @@ Format (https://github.com/huggingface/safetensors): a little-endian u64 header 
 tensor's dtype, shape and byte range within the rest, and the rest.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from mllama_jax.convert.files import Region, TensorFile, guess_kind, parse_json, valid_shape
+from mllama_jax.convert.files import (
+    ArrayLike,
+    Region,
+    TensorFile,
+    array_bytes,
+    guess_kind,
+    parse_json,
+    replacing,
+    valid_shape,
+)
 from mllama_jax.errors import InputError
 
 # In the order by which the library sorts tensors, last first: large items come first, so all are aligned.
@@ -95,3 +106,30 @@ class SafetensorsFile(TensorFile):
             raise InputError(
                 f"{self.path}: {fault}: expected {position} bytes, got {len(self.map)}; download or copy it again"
             )
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str]) -> None:
+    """Writes `tensors`, one at a time, to `path + ".partial"`, and renames that to `path` once it is safely on disk.
+
+    The order is the library's (by dtype, then name), and so are the bytes. transformers wants `{"format": "pt"}` as
+    `metadata`. InputError for a dtype that the format lacks.
+    """
+    path = Path(path)
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    rank = {dtype: -place for place, dtype in enumerate(codes)}
+    for name, array in tensors.items():
+        if np.dtype(array.dtype) not in codes:
+            raise InputError(f"{path}: tensor {name!r}: safetensors cannot hold dtype {array.dtype}; convert it first")
+    ordered = sorted(tensors.items(), key=lambda item: (rank[np.dtype(item[1].dtype)], item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, array in ordered:
+        dtype = np.dtype(array.dtype)
+        start, end = end, end + math.prod(array.shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in ordered:
+            file.write(array_bytes(name, array))

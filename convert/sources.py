@@ -33,9 +33,9 @@ class Checkpoint:
 
     layout: Literal["hf", "meta"]
     directory: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, np.dtype]
-    split_dim: Callable[[str], int | None]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    dtypes: Mapping[str, np.dtype] = field(repr=False)
+    split_dim: Callable[[str], int | None] = field(repr=False)
     files: Mapping[str, Sequence[TensorFile]] = field(repr=False)
     config_json: dict[str, Any] = field(default_factory=dict)  # hf
     generation_json: dict[str, Any] = field(default_factory=dict)  # hf, where there is one

@@ -15,6 +15,7 @@ import numpy as np
 
 from mllama_jax.errors import InputError
 
+UNTYPED_STORAGE = "torch.storage.UntypedStorage"
 STORAGES = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
@@ -26,7 +27,7 @@ STORAGES = {
     "torch.CharStorage": np.dtype(np.int8),
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
-    "torch.storage.UntypedStorage": np.dtype(np.uint8),
+    UNTYPED_STORAGE: np.dtype(np.uint8),
 }
 # Types without a storage class of their own: named beside an untyped storage.
 UNTYPED = {
