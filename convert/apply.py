@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import einops
+import flax.linen as nn
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -15,8 +16,10 @@ from mllama_jax.config import ASPECT_RATIOS, MllamaConfig
 from mllama_jax.convert.sources import Checkpoint
 from mllama_jax.convert.table import Layout, Row, Source, table
 from mllama_jax.errors import InputError
+from mllama_jax.model.mllama import abstract_parameters
 
 Shape = tuple[int, ...]
+Path = tuple[str, ...]
 
 # Names since transformers 4.52 -> names before it, which the table uses.
 _RENAMED = {
@@ -35,23 +38,19 @@ def read_config(checkpoint: Checkpoint) -> MllamaConfig:
 
 
 def load_parameters(
-    checkpoint: Checkpoint,
-    config: MllamaConfig,
-    shapes: Mapping[tuple[str, ...], Shape],
-    put: Callable[[tuple[str, ...], np.ndarray], Any],
+    checkpoint: Checkpoint, config: MllamaConfig, put: Callable[[Path, np.ndarray], Any]
 ) -> dict[str, Any]:
     """Read every parameter of `config`, handing each to `put` as soon as it is assembled.
 
     Args:
-        shapes: the shape of each target path, from the abstract parameter tree.
         put: takes a target path and its host array to where it shall live (casts, places on devices).
 
     Raises:
         InputError: tensors are missing, left over, or of another shape: all of them in one line.
     """
     names = _canonical_names(checkpoint, config)
+    shapes = check_shapes(checkpoint, config)
     rows = table(config)
-    _check(checkpoint, rows, shapes, names)
     tree: dict[str, Any] = {}
     total = sum(math.prod(shapes[row.target]) for row in rows)
     with tqdm(total=total, unit="param", unit_scale=True, desc="loading", leave=False, disable=None) as progress:
@@ -63,7 +62,9 @@ def load_parameters(
     return tree
 
 
-def disassemble_all(params: Mapping[str, Any], config: MllamaConfig, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+def disassemble_all(
+    params: Mapping[str, Any], config: MllamaConfig, layout: Layout
+) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of `params` under its name in `layout`, made when asked for; the inverse of `load_parameters`."""
     for row in table(config):
         value: Any = params
@@ -75,7 +76,10 @@ def disassemble_all(params: Mapping[str, Any], config: MllamaConfig, layout: Lay
 
 def assemble(row: Row, source: Source, parts: list[np.ndarray]) -> np.ndarray:
     """Source tensors -> our parameter."""
-    parts = [einops.rearrange(part, source.pattern, **_sizes(row, source.pattern)) for part in parts]
+    parts = [
+        einops.rearrange(part, pattern, **_sizes(row, pattern))
+        for part, pattern in zip(parts, source.patterns, strict=True)
+    ]
     if source.grid:
         return _grid_to_ratios(parts[0])
     if source.stack is not None:
@@ -93,9 +97,11 @@ def disassemble(row: Row, source: Source, value: np.ndarray) -> list[np.ndarray]
         parts = np.split(value, np.cumsum(source.concat[:-1]))
     else:
         parts = [value]
-    left, right = source.pattern.split("->")
-    backward = f"{right} -> {left}"
-    return [np.ascontiguousarray(einops.rearrange(part, backward, **_sizes(row, backward))) for part in parts]
+    backward = [" -> ".join(reversed(pattern.split("->"))) for pattern in source.patterns]
+    return [
+        np.ascontiguousarray(einops.rearrange(part, pattern, **_sizes(row, pattern)))
+        for part, pattern in zip(parts, backward, strict=True)
+    ]
 
 
 def source_shapes(row: Row, source: Source, target: Shape) -> list[Shape]:
@@ -106,9 +112,9 @@ def source_shapes(row: Row, source: Source, target: Shape) -> list[Shape]:
         parts = [tuple(n for axis, n in enumerate(target) if axis != source.stack)] * len(source.names)
     else:
         parts = [(length, *target[1:]) for length in source.concat] or [target]
-    left, right = (_groups(side) for side in source.pattern.split("->"))
     shapes = []
-    for part in parts:
+    for part, pattern in zip(parts, source.patterns, strict=True):
+        left, right = (_groups(side) for side in pattern.split("->"))
         sizes = dict(row.sizes) | {"1": 1}
         for group, length in zip(right, part, strict=True):
             known = math.prod(sizes[axis] for axis in group if axis in sizes and len(group) > 1)
@@ -153,8 +159,10 @@ def _ratios_to_grid(row: Row, ratios: np.ndarray) -> np.ndarray:
     for i, (h, w) in enumerate(ASPECT_RATIOS, start=1):
         grid[:h, :w] = ratios[i, : h * w].reshape(h, w, *ratios.shape[2:])
     if _grid_to_ratios(grid)[1:].tobytes() != _only_tiles(ratios)[1:].tobytes():
-        raise InputError(f"{'/'.join(row.target)}: its aspect ratio rows disagree about a tile, which Meta's layout cannot "
-                         "hold; write Hugging Face's layout instead")  # fmt: skip
+        raise InputError(
+            f"{'/'.join(row.target)}: its aspect ratio rows disagree about a tile, which Meta's layout cannot hold; "
+            "write Hugging Face's layout instead"
+        )
     return grid
 
 
@@ -188,35 +196,44 @@ def _canonical_names(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, 
     return names
 
 
-def _check(
-    checkpoint: Checkpoint, rows: list[Row], shapes: Mapping[tuple[str, ...], Shape], names: Mapping[str, str]
-) -> None:
-    expected = {}
-    for row in rows:
+def check_shapes(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Shape]:
+    """The shape of every parameter of `config`, once the checkpoint's tensors are known to be exactly those it needs.
+
+    Raises:
+        InputError: tensors are missing, unexpected or misshapen: all of them in one line.
+    """
+    shapes = {path: leaf.shape for path, leaf in paths(nn.unbox(abstract_parameters(config))).items()}
+    names, expected = _canonical_names(checkpoint, config), {}
+    for row in table(config):
         source = row.source(checkpoint.layout)
         expected |= zip(source.names, source_shapes(row, source, shapes[row.target]), strict=True)
     found = {name: checkpoint.shapes[raw] for name, raw in names.items()}
-    misshapen = [f"{n} {list(found[n])} instead of {list(expected[n])}" for n in expected if n in found and found[n] != expected[n]]
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
     report = [
-        f"{len(problem)} {kind}: {', '.join(problem[:4])}{', ...' if len(problem) > 4 else ''}"
-        for kind, problem in (
-            ("missing", sorted(expected.keys() - found.keys())),
-            ("unexpected", sorted(found.keys() - expected.keys())),
-            ("misshapen", misshapen),
-        )
-        if problem
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in problems.items()
+        if names
     ]
     if report:
         raise InputError(f"{checkpoint.directory}: the tensors do not fit its config: {'; '.join(report)}")
+    return shapes
 
 
-def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _insert(tree: dict[str, Any], path: Path, value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
 
 
-def paths(tree: Any) -> dict[tuple[str, ...], Any]:
-    """A nested tree of dictionaries as {path: leaf}."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+def paths(tree: Any) -> dict[Path, Any]:
+    """A nested tree of dictionaries as {path: leaf}; a parameter boxed with its axis names is a leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: not isinstance(leaf, dict))
     return {tuple(key.key for key in path): leaf for path, leaf in flat}

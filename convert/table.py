@@ -1,8 +1,8 @@
 """One row a tensor: what it is called in each PyTorch layout, where it lies in ours, and how the axes map.
 
-A layout is an einops pattern from one source tensor to one part of ours, read left to right when loading and right to left
-when writing. Where ours fuses several tensors, `join` says how the parts meet. The tables are functions of a configuration
-because layer numbers and head counts are.
+A layout is an einops pattern from one source tensor to one part of ours, read left to right when loading and right to
+left when writing. Where ours fuses several tensors, `stack` or `concat` says how the parts meet. The table is a
+function of a configuration because layer numbers and head counts are.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ class Source:
 
     Attributes:
         names: one name a part.
-        pattern: einops pattern from a source tensor to a part.
+        pattern: einops pattern from a source tensor to a part; one for all parts or one each.
         stack: the new axis on which several parts are stacked.
         concat: the parts' lengths along axis 0, where they are concatenated.
         grid: Meta's 4 x 4 table over tile coordinates, where ours has a row for each aspect ratio id.
     """
 
     names: tuple[str, ...]
-    pattern: str
+    pattern: str | tuple[str, ...]
     stack: int | None = None
     concat: tuple[int, ...] = ()
     grid: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.pattern,) * len(self.names) if isinstance(self.pattern, str) else self.pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +66,9 @@ def table(config: MllamaConfig) -> list[Row]:
     rows = list(_text(config.text, "language_model." if config.vision else ""))
     if config.vision is not None:
         rows += _vision(config.vision)
-        rows += [
-            _same("projector/linear/kernel", "multi_modal_projector.weight", "vision_model.vision_projection.weight", "d e -> d e"),
-            _same("projector/linear/bias", "multi_modal_projector.bias", "vision_model.vision_projection.bias", "d -> d"),
-        ]  # fmt: skip
+        ours, hf, meta = "projector/linear", "multi_modal_projector", "vision_model.vision_projection"
+        rows.append(_same(f"{ours}/kernel", f"{hf}.weight", f"{meta}.weight", "d e -> d e"))
+        rows.append(_same(f"{ours}/bias", f"{hf}.bias", f"{meta}.bias", "d -> d"))
     return rows
 
 
@@ -83,7 +86,9 @@ def _text(c: TextConfig, prefix: str) -> Iterator[Row]:
     for i in range(c.layers):
         hf = f"{prefix}model.layers.{i}."
         if i in c.cross_layers:
-            yield from _cross_layer(c, f"text/layers_{i}", hf, f"text_model.cross_attention_layers.{c.cross_layers.index(i)}.")
+            yield from _cross_layer(
+                c, f"text/layers_{i}", hf, f"text_model.cross_attention_layers.{c.cross_layers.index(i)}."
+            )
         else:
             yield from _self_layer(c, f"text/layers_{i}", hf, f"text_model.layers.{c.self_layers.index(i)}.")
 
@@ -100,7 +105,11 @@ def _self_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
     yield Row(
         _path(f"{ours}/attention/kv/kernel"),
         Source((f"{hf}self_attn.k_proj.weight", f"{hf}self_attn.v_proj.weight"), "(k h) d -> k h d", stack=1),
-        Source((f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"), "(k p two) d -> k (two p) d", stack=1),
+        Source(
+            (f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"),
+            ("(k p two) d -> k (two p) d", "(k h) d -> k h d"),
+            stack=1,
+        ),
         heads,
     )
     yield from _layer_rest(c, ours, hf, meta, "self_attn")
@@ -121,7 +130,12 @@ def _cross_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
         heads,
     )
     for name in ("q_norm", "k_norm"):
-        yield _same(f"{ours}/attention/{name}/scale", f"{hf}cross_attn.{name}.weight", f"{meta}attention.{name}.weight", "h -> h")
+        yield _same(
+            f"{ours}/attention/{name}/scale",
+            f"{hf}cross_attn.{name}.weight",
+            f"{meta}attention.{name}.weight",
+            "h -> h",
+        )
     yield _same(f"{ours}/attention_gate", f"{hf}cross_attn_attn_gate", f"{meta}gate_attn", "one -> one")
     yield _same(f"{ours}/mlp_gate", f"{hf}cross_attn_mlp_gate", f"{meta}gate_ffwd", "one -> one")
     yield from _layer_rest(c, ours, hf, meta, "cross_attn")
@@ -171,7 +185,9 @@ def _vision(c: VisionConfig) -> Iterator[Row]:
         )
         yield _same(f"{ours}/gate", f"{theirs}gate", f"{meta}{when}_tile_pos_embed.gate", "one -> one")
         for kind, suffix in (("scale", "weight"), ("bias", "bias")):
-            yield _same(f"vision/norm_{when}/{kind}", f"{hf}layernorm_{when}.{suffix}", f"{meta}ln_{when}.{suffix}", "d -> d")
+            yield _same(
+                f"vision/norm_{when}/{kind}", f"{hf}layernorm_{when}.{suffix}", f"{meta}ln_{when}.{suffix}", "d -> d"
+            )
     for i in range(c.layers):
         name = f"transformer.resblocks.{i}."
         yield from _vision_block(c, f"vision/locals_{i}", f"{hf}transformer.layers.{i}.", meta + name)

@@ -1,7 +1,7 @@
 """What a Llama 3.2 Vision model is made of: frozen, hashable configurations and the released sizes.
 
-A configuration is read from Hugging Face's ``config.json`` (`from_hf`) or from Meta's ``params.json`` (`from_meta`). Every
-key found there is used, known to say nothing about inference, or refused by name.
+A configuration is read from Hugging Face's ``config.json`` (`from_hf`) or from Meta's ``params.json`` (`from_meta`).
+Every key found there is used, known to say nothing about inference, or refused by name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text decoder. `layers` counts self- and cross-attention layers; `cross_layers` are the indices of the latter."""
+    """The text decoder. `layers` counts self- and cross-attention layers, `cross_layers` are the latter's indices."""
 
     vocab: int = 128256
     extra_embeddings: int = 8
@@ -126,15 +126,18 @@ PRESETS = {
 
 # Keys that transformers writes and that change nothing in this model's inference.
 _IRRELEVANT = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures add_cross_attention attn_implementation bad_words_ids "
-    "begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty "
-    "do_sample dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
-    "forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id "
-    "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
-    "output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type pruned_heads "
-    "remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens "
-    "task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype "
-    "torchscript transformers_version typical_p use_bfloat16 use_cache image_token_index".split()
+    """
+    _attn_implementation_autoset _name_or_path architectures add_cross_attention attn_implementation
+    bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache image_token_index
+    """.split()  # noqa: SIM905
 )
 
 
@@ -168,11 +171,15 @@ class _Keys:
         """Where `key` is present it must be one of `allowed`: other values belong to a model this is not."""
         value = self.take(key, allowed[0])
         if value not in allowed:
-            raise InputError(f"{self.where}: {key}={value!r} is not supported; expected {' or '.join(map(repr, allowed))}")
+            raise InputError(
+                f"{self.where}: {key}={value!r} is not supported; expected {' or '.join(map(repr, allowed))}"
+            )
 
     def close(self) -> None:
         if self.left:
-            raise InputError(f"{self.where}: unknown keys {sorted(self.left)}; their meaning for this model is not known")
+            raise InputError(
+                f"{self.where}: unknown keys {sorted(self.left)}; their meaning for this model is not known"
+            )
 
 
 def _from_hf(config: dict[str, Any], generation: dict[str, Any]) -> MllamaConfig:
@@ -199,7 +206,12 @@ def _from_hf(config: dict[str, Any], generation: dict[str, Any]) -> MllamaConfig
     else:
         raise InputError(f"config.json: model_type must be 'mllama' or 'llama' (text only), got {kind!r}")
     top.close()
-    ids = {**config, **config.get("text_config", {}), **{k: v for k, v in config.items() if v is not None}, **generation}
+    ids = {
+        **config,
+        **config.get("text_config", {}),
+        **{k: v for k, v in config.items() if v is not None},
+        **generation,
+    }
     stops = ids.get("eos_token_id", 128001)
     bos, pad = ids.get("bos_token_id"), ids.get("pad_token_id")
     return MllamaConfig(
@@ -214,7 +226,11 @@ def _from_hf(config: dict[str, Any], generation: dict[str, Any]) -> MllamaConfig
 def _hf_text(keys: _Keys, multimodal: bool) -> TextConfig:
     rope = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
     keys.left -= {"rope_parameters", "rope_scaling"}
-    width, heads, layers = keys.integer("hidden_size"), keys.integer("num_attention_heads"), keys.integer("num_hidden_layers")
+    width, heads, layers = (
+        keys.integer("hidden_size"),
+        keys.integer("num_attention_heads"),
+        keys.integer("num_hidden_layers"),
+    )
     cross = tuple(sorted(keys.take("cross_attention_layers"))) if multimodal else ()
     if any(not isinstance(i, int) or not 0 <= i < layers for i in cross) or len(set(cross)) != len(cross):
         raise InputError(f"{keys.where}: cross_attention_layers {list(cross)} must be different indices below {layers}")
@@ -275,7 +291,9 @@ def _hf_vision(values: dict[str, Any]) -> VisionConfig:
     keys.expect("attention_dropout", 0.0, 0)
     ratios = keys.take("supported_aspect_ratios", None)
     if ratios is not None and tuple(tuple(r) for r in ratios) != ASPECT_RATIOS:
-        raise InputError(f"{keys.where}: supported_aspect_ratios must be {[list(r) for r in ASPECT_RATIOS]}, got {ratios}")
+        raise InputError(
+            f"{keys.where}: supported_aspect_ratios must be {[list(r) for r in ASPECT_RATIOS]}, got {ratios}"
+        )
     vision = VisionConfig(
         tile=keys.integer("image_size", 448),
         patch=keys.integer("patch_size", 14),
@@ -290,7 +308,9 @@ def _hf_vision(values: dict[str, Any]) -> VisionConfig:
     )
     output = keys.take("vision_output_dim", vision.output_width)
     if output != vision.output_width:
-        raise InputError(f"{keys.where}: vision_output_dim must be {vision.output_width} ({len(vision.taps)} taps), got {output}")
+        raise InputError(
+            f"{keys.where}: vision_output_dim must be {vision.output_width} ({len(vision.taps)} taps), got {output}"
+        )
     _check_vision(keys.where, vision)
     keys.close()
     return vision
@@ -321,8 +341,10 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     width, heads, layers = keys.integer("dim"), keys.integer("n_heads"), keys.integer("n_layers")
     crossed = keys.take("vision_num_cross_attention_layers", None)
     if not isinstance(crossed, int) or not 0 < crossed <= layers:
-        raise InputError(f"params.json: vision_num_cross_attention_layers must lie in 1..{layers}, got {crossed!r}; "
-                         "a text-only release is read in Hugging Face's layout")  # fmt: skip
+        raise InputError(
+            f"params.json: vision_num_cross_attention_layers must lie in 1..{layers}, got {crossed!r}; "
+            "a text-only release is read in Hugging Face's layout"
+        )
     vocab = keys.integer("vocab_size")
     hidden = int((keys.take("ffn_dim_multiplier", None) or 1) * int(2 * 4 * width / 3))
     multiple = keys.integer("multiple_of", 256)
@@ -331,7 +353,7 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         extra_embeddings=8,
         width=width,
         layers=layers + crossed,
-        cross_layers=_fusion_schedule(layers, crossed),
+        cross_layers=fusion_schedule(layers, crossed),
         heads=heads,
         kv_heads=keys.integer("n_kv_heads", heads),
         head_dim=width // heads,
@@ -369,7 +391,7 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def _fusion_schedule(layers: int, crossed: int) -> tuple[int, ...]:
+def fusion_schedule(layers: int, crossed: int) -> tuple[int, ...]:
     """Where the cross-attention layers stand, counting both kinds (``_init_fusion_schedule`` in llama-models)."""
     before = list(range(layers))[::-1][:: math.ceil(layers / crossed)][:crossed][::-1]
     return tuple(position + earlier for earlier, position in enumerate(before))

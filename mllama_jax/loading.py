@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,23 +40,24 @@ def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | 
     directory = Path(path)
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint)
-    abstract = abstract_parameters(config)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
-    shapes = {target: leaf.shape for target, leaf in paths(nn.unbox(abstract)).items()}
-    params = load_parameters(checkpoint, config, shapes, _placer(abstract, jnp.dtype(dtype), rules))
+    params = load_parameters(checkpoint, config, _placer(config, jnp.dtype(dtype), rules))
     model = MllamaModel(config, jnp.dtype(dtype), rules.constrain) if rules else MllamaModel(config, jnp.dtype(dtype))
-    return Mllama(model, params, Tokenizer.find(directory), load_template(directory), directory)
+    return Mllama(model, params, _tokenizer(directory), load_template(directory), directory)
 
 
 def _placer(
-    abstract: Mapping[str, Any], dtype: np.dtype, rules: Rules | None
+    config: MllamaConfig, dtype: np.dtype, rules: Rules | None
 ) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     """A function that casts a parameter and puts it where the rules say."""
-    names = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))[0]:
-        names[tuple(key.key for key in path)] = leaf.names
+    names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
 
     def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
         return jax.device_put(value.astype(dtype, copy=False), rules.sharding(*names[path]) if rules else None)
 
     return put
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    present = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return Tokenizer.from_directory(directory) if present else None

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Heads and caches over `kv`, what divides further over (`kv`, `q`); activations stay whole between blocks, so that a layer
-# costs two all-reduces. The embedding table is split by width: its 8 extra rows leave a height that 16 does not divide.
+# Heads and caches over `kv`, what divides further over (`kv`, `q`); activations stay whole between blocks, so that a
+# layer costs two all-reduces. The embedding table is split by width: 16 does not divide its height with 8 extra rows.
 SERVE: dict[str, MeshAxes] = {
     "batch": "data",
     "kv_heads": "kv",
@@ -25,7 +25,7 @@ SERVE: dict[str, MeshAxes] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Where each logical axis lies on `mesh`. Hashable: a jitted function that holds it is traced anew when it changes."""
+    """Where each logical axis lies on `mesh`. Hashable: a jitted function that holds it is traced when it changes."""
 
     mesh: Mesh
     table: tuple[tuple[str, MeshAxes], ...]

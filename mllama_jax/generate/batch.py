@@ -1,4 +1,4 @@
-"""From ragged rows of tokens and pictures to padded arrays, with lengths in buckets so that few programs are compiled."""
+"""From ragged rows of tokens and pictures to padded arrays, with lengths in buckets to compile few programs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def bucket(n: int, least: int = 1) -> int:
     """The next size up for which a program is compiled: a power of two, or one and a half times one."""
     size = least
     while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size % 2 == 0 and size * 3 // 2 >= n else 1 << size.bit_length()
+        size = (
+            size * 3 // 2 if size & (size - 1) == 0 and size % 2 == 0 and size * 3 // 2 >= n else 1 << size.bit_length()
+        )
     return size
 
 
@@ -83,7 +85,9 @@ def _check(
     if not len(tokens):
         raise InputError("no rows: give at least one prompt")
     if len(tokens) != len(images):
-        raise InputError(f"{len(tokens)} rows of tokens but {len(images)} rows of images; give one list of images a row")
+        raise InputError(
+            f"{len(tokens)} rows of tokens but {len(images)} rows of images; give one list of images a row"
+        )
     ids = config.text.vocab + (config.vision is not None)
     for b, (row, pictures) in enumerate(zip(tokens, images, strict=True)):
         if not len(row):
@@ -97,5 +101,7 @@ def _check(
         if wanted != len(pictures):
             raise InputError(f"row {b}: {wanted} image tokens but {len(pictures)} pictures; they must be as many")
         if len(row) + new_tokens > config.text.context:
-            raise InputError(f"row {b}: {len(row)} prompt tokens and {new_tokens} new ones exceed the context of "
-                             f"{config.text.context}; shorten the prompt or max_new_tokens")  # fmt: skip
+            raise InputError(
+                f"row {b}: {len(row)} prompt tokens and {new_tokens} new ones exceed the context of "
+                f"{config.text.context}; shorten the prompt or max_new_tokens"
+            )

@@ -13,7 +13,7 @@ from flax import struct
 
 from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
-from mllama_jax.model.mllama import MllamaModel
+from mllama_jax.model.mllama import MllamaModel, Params, call
 
 
 @struct.dataclass
@@ -36,31 +36,34 @@ class State:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def encode(model: MllamaModel, params: dict, pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
+def encode(model: MllamaModel, params: Params, pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
     """Pixels [I, C, 3, P, P] -> projected features [I, C, N, D]."""
-    return model.apply({"params": params}, pixels, ratio_ids, method="encode")
+    return call(model, params, "encode", pixels, ratio_ids)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def keys_values(model: MllamaModel, params: dict, features: jax.Array, tiles: jax.Array, spans: jax.Array) -> CrossCache:
+def keys_values(
+    model: MllamaModel, params: Params, features: jax.Array, tiles: jax.Array, spans: jax.Array
+) -> CrossCache:
     """Features [I, C, N, D] and each row's tiles int [B, M] among the I * C -> the rows' CrossCache."""
     tile_features = features.reshape(-1, *features.shape[2:])[tiles]  # B M N D
-    return model.apply({"params": params}, tile_features, spans, method="keys_values")
+    return call(model, params, "keys_values", tile_features, spans)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def all_logits(model: MllamaModel, params: dict, tokens: jax.Array, cross: CrossCache | None) -> jax.Array:
+def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: CrossCache | None) -> jax.Array:
     """Logits float32 [B, T, V] of every position of tokens [B, T]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = empty_cache(model.config.text, *tokens.shape, model.dtype)
-    x, _ = model.apply({"params": params}, tokens, positions, cache, cross)
-    return model.apply({"params": params}, x, method="logits")
+    rows, length = tokens.shape
+    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    x, _ = call(model, params, "__call__", tokens, positions, cache, cross)
+    return call(model, params, "logits", x)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def prefill(
     model: MllamaModel,
-    params: dict,
+    params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     cross: CrossCache | None,
@@ -76,7 +79,7 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     cache = empty_cache(model.config.text, tokens.shape[0], length, model.dtype)
-    x, cache = model.apply({"params": params}, tokens, positions, cache, cross)
+    x, cache = call(model, params, "__call__", tokens, positions, cache, cross)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     made = jnp.zeros(len(tokens), jnp.int32)
     return _choose(model, params, last, cache, lengths, made, jnp.zeros(len(tokens), bool), settings, stops)
@@ -85,7 +88,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames="state")
 def decode(
     model: MllamaModel,
-    params: dict,
+    params: Params,
     state: State,
     cross: CrossCache | None,
     settings: Settings,
@@ -110,19 +113,21 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         i, state, tokens, logprobs = carry
-        x, cache = model.apply({"params": params}, state.token[:, None], state.position[:, None], state.cache, cross)
+        x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
         position = jnp.minimum(state.position + 1, cache[0].k.shape[1] - 1)  # a row that is done stays where it is
         state, logprob = _choose(model, params, x[:, 0], cache, position, state.made, state.done, settings, stops)
         return i + 1, state, tokens.at[:, i].set(state.token), logprobs.at[:, i].set(logprob)
 
     empty = jnp.zeros((rows, steps), jnp.int32)
-    made, state, tokens, logprobs = jax.lax.while_loop(more, step, (0, state, empty, empty.astype(jnp.float32)))
+    made, state, tokens, logprobs = jax.lax.while_loop(
+        more, step, (jnp.int32(0), state, empty, empty.astype(jnp.float32))
+    )
     return state, tokens, logprobs, made
 
 
 def _choose(
     model: MllamaModel,
-    params: dict,
+    params: Params,
     x: jax.Array,
     cache: tuple[KVCache, ...],
     position: jax.Array,
@@ -132,7 +137,7 @@ def _choose(
     stops: jax.Array,
 ) -> tuple[State, jax.Array]:
     """Hidden states [B, D] -> the state with the next token chosen, and its log-probability."""
-    logits = model.apply({"params": params}, x, method="logits")
+    logits = call(model, params, "logits", x)
     token = sample(logits, settings, made)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
     made = made + 1

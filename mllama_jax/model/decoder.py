@@ -40,7 +40,9 @@ class SelfAttention(nn.Module):
         cache = cache.write(k, kv[:, :, :, 1], positions)
         causal = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]  # B T S
         y = attention(q, cache.k, cache.v, causal)
-        out = Linear("btkgh,dkgh->btd", (D, K, G, H), ("embed", "kv_heads", "q_heads", "head_dim"), inputs=3, name="out")
+        out = Linear(
+            "btkgh,dkgh->btd", (D, K, G, H), ("embed", "kv_heads", "q_heads", "head_dim"), inputs=3, name="out"
+        )
         return self.constrain(out(y), "batch", "seq", "embed"), cache
 
 
@@ -69,11 +71,14 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(0.02)
-        self.embedding = parameter(self, "embedding", init, (c.vocab + c.extra_embeddings, c.width), (None, "embedding"))
+        self.embedding = parameter(
+            self, "embedding", init, (c.vocab + c.extra_embeddings, c.width), (None, "embedding")
+        )
         if not c.tied:
             self.head = Linear("...d,vd->...v", (c.vocab, c.width), ("vocab", "embed"))
         self.layers = [
-            (CrossAttentionLayer if i in c.cross_layers else SelfAttentionLayer)(c, self.constrain) for i in range(c.layers)
+            (CrossAttentionLayer if i in c.cross_layers else SelfAttentionLayer)(c, self.constrain)
+            for i in range(c.layers)
         ]
         self.norm = RMSNorm(c.norm_eps)
 
@@ -84,7 +89,7 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...], cross: CrossCache | None
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """Run tokens int [B, T] at positions int [B, T]; returns the normed states [B, T, D] and the cache they extend."""
+        """Run tokens int [B, T] at positions int [B, T]; returns normed states [B, T, D] and the cache they extend."""
         x = self.embedding.astype(self.dtype)[tokens]
         x = self.constrain(x, "batch", "seq", "embed")
         self.sow("intermediates", "embedded", x)

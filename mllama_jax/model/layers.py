@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,8 @@ def einsum(equation: str, *operands: jax.Array) -> jax.Array:
 
 def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: Axes) -> jax.Array:
     """Declare a float32 parameter with one logical name an axis; loaders may bring it in another dtype."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    boxed: Any = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, jnp.float32)
 
 
 class Linear(nn.Module):
@@ -46,7 +48,9 @@ class Linear(nn.Module):
         init = nn.initializers.normal(math.prod(self.shape[outputs:]) ** -0.5)
         y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
         if self.bias:
-            y += parameter(self, "bias", nn.initializers.zeros, self.shape[:outputs], self.axes[:outputs]).astype(x.dtype)
+            y += parameter(self, "bias", nn.initializers.zeros, self.shape[:outputs], self.axes[:outputs]).astype(
+                x.dtype
+            )
         return y
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.decoder import Decoder
 from mllama_jax.model.layers import Constrain, unconstrained
 from mllama_jax.model.vision import VisionEncoder
+
+Params = dict[str, Any]
 
 
 class MllamaModel(nn.Module):
@@ -58,11 +62,16 @@ class MllamaModel(nn.Module):
         return self.logits(x)
 
 
-def init_parameters(config: MllamaConfig, key: jax.Array) -> dict:
+def call(model: MllamaModel, params: Params, method: str, *args: Any) -> Any:
+    """`model.method(*args)` with these parameters."""
+    return model.apply({"params": params}, *args, method=method)
+
+
+def init_parameters(config: MllamaConfig, key: jax.Array) -> Params:
     """Random float32 parameters."""
     return nn.unbox(MllamaModel(config).init(key, method="touch"))["params"]
 
 
-def abstract_parameters(config: MllamaConfig) -> dict:
+def abstract_parameters(config: MllamaConfig) -> Params:
     """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; traced, nothing is allocated."""
     return jax.eval_shape(lambda: MllamaModel(config).init(jax.random.key(0), method="touch"))["params"]

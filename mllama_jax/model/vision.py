@@ -63,7 +63,11 @@ class Block(nn.Module):
         c = self.config
 
         def gate(name: str) -> jax.Array | float:
-            return jnp.tanh(parameter(self, name, nn.initializers.zeros, (1,), (None,)).astype(x.dtype)) if self.gated else 1.0
+            return (
+                jnp.tanh(parameter(self, name, nn.initializers.zeros, (1,), (None,)).astype(x.dtype))
+                if self.gated
+                else 1.0
+            )
 
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
         x = x + gate("attention_gate") * SelfAttention(c, self.constrain, name="attention")(y, mask)

@@ -1,0 +1,169 @@
+"""`mllama`: the command line. A mistake in what the user gave ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mllama_jax.errors import InputError
+
+SHIPPED = Path(__file__).parent / "assets" / "pictures-4m"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except InputError as error:
+        print(f"mllama {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mllama {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mllama", description="Llama 3.2 Vision in JAX")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="answer a question about pictures")
+    generate.add_argument("question", help="what to ask")
+    generate.add_argument(
+        "--model", type=Path, default=SHIPPED, help="checkpoint directory (default: the one that ships)"
+    )
+    generate.add_argument("--image", type=Path, nargs="+", default=[], action="extend", help="picture files, in order")
+    generate.add_argument("--dtype", default=None, help="bfloat16 (default on accelerators), float32 (default on CPU)")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds")
+    inspect.add_argument("model", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+    for command in (generate, inspect):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+@contextmanager
+def _stage(what: str) -> Iterator[None]:
+    """Say on a terminal what is going on, and how long it took."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    yield
+    print(f"\r{what}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, so that only the first run of a model compiles."""
+    import jax
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "mllama-jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from mllama_jax.generate.sampling import SamplingParams
+    from mllama_jax.processing.image import open_image
+
+    sampling: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    SamplingParams(**sampling)  # refuse bad settings and bad pictures before the long load
+    content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
+    conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
+
+    with _stage("starting JAX"):
+        import jax
+
+        from mllama_jax import load
+
+        _use_compilation_cache()
+        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with _stage(f"loading {args.model}"):
+        model = load(args.model, dtype=dtype)
+    if args.json:
+        start = time.monotonic()
+        completion = model.generate([conversation], **sampling)[0]
+        seconds = round(time.monotonic() - start, 3)
+        print(
+            json.dumps({**dataclasses.asdict(completion), "model": str(args.model), "dtype": dtype, "seconds": seconds})
+        )
+        return
+    pieces = model.stream(conversation, **sampling)
+    with _stage("reading the prompt (compiles on first use)"):
+        first = next(pieces, "")
+    print(first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    report = inspect_checkpoint(args.model)
+    if args.json:
+        print(json.dumps(report))
+        return
+    print(
+        f"{report['directory']}: {report['layout']} layout, {report['tensors']} tensors, {report['bytes'] / 1e9:.2f} GB"
+    )
+    parts = "".join(f"; {part} {count / 1e9:.3f} B" for part, count in report["parts"].items())
+    print(f"  parameters  {report['parameters'] / 1e9:.3f} B{parts}")
+    print("  dtypes      " + ", ".join(f"{dtype} x {count}" for dtype, count in report["dtypes"].items()))
+    for part in ("text", "vision"):
+        if report["config"][part]:
+            print(f"  {part:<11} " + ", ".join(f"{k} {v}" for k, v in report["config"][part].items()))
+
+
+def inspect_checkpoint(directory: Path) -> dict[str, Any]:
+    """What the headers of a checkpoint say: layout, configuration, counts of tensors, parameters, bytes and dtypes."""
+    import math
+    from collections import Counter
+
+    from mllama_jax.convert.apply import check_shapes, read_config
+    from mllama_jax.convert.sources import open_checkpoint
+
+    checkpoint = open_checkpoint(directory)
+    config = read_config(checkpoint)
+    shapes = check_shapes(checkpoint, config)
+    parts: Counter[str] = Counter()
+    for path, shape in shapes.items():
+        parts[path[0]] += math.prod(shape)
+    return {
+        "directory": str(directory),
+        "layout": {"hf": "Hugging Face", "meta": "Meta"}[checkpoint.layout],
+        "tensors": len(checkpoint.shapes),
+        "parameters": sum(parts.values()),
+        "parts": dict(parts),
+        "bytes": sum(math.prod(shape) * checkpoint.dtypes[name].itemsize for name, shape in checkpoint.shapes.items()),
+        "dtypes": dict(Counter(str(dtype) for dtype in checkpoint.dtypes.values())),
+        "config": dataclasses.asdict(config),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""How the checkpoint that ships is made: `python -m mllama_jax.train.pictures.recipe OUT`.
+
+A small Llama 3.2 Vision with everything the large ones have (several tiles, gated global layers, tapped features, several
+cross-attention layers), trained from nothing on pictures drawn as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
+from mllama_jax.convert.export import write_hf
+from mllama_jax.model.mllama import MllamaModel, Params, init_parameters
+from mllama_jax.train.pictures import tokenizer
+from mllama_jax.train.pictures.batches import batches
+from mllama_jax.train.step import tie_tiles, train_step
+
+CONFIG = MllamaConfig(
+    text=TextConfig(
+        vocab=tokenizer.VOCAB,
+        width=128,
+        layers=9,
+        cross_layers=(1, 4, 7),
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        hidden=352,
+        context=2048,
+    ),
+    vision=VisionConfig(tile=112, width=128, layers=6, global_layers=2, heads=4, hidden=512, taps=(1, 3)),
+    bos=tokenizer.MERGED,
+    pad=tokenizer.MERGED + 4,
+    stops=tuple(tokenizer.MERGED + i for i in (1, 8, 9)),
+)
+ROWS = {"scenes": 96, "charts": 80, "text": 64, "pairs": 24}  # of each family in a batch
+GATE = 0.7  # what gates start from: zero, as when an adapter joins a finished decoder, would keep the pictures out
+
+
+def start(key: jax.Array) -> Params:
+    """Random parameters with open gates and tables that Meta's layout can hold."""
+
+    def open_gate(path: tuple, leaf: jax.Array) -> jax.Array:
+        return jnp.full_like(leaf, GATE) if path[-1].key.endswith("gate") else leaf
+
+    return jax.tree_util.tree_map_with_path(open_gate, tie_tiles(init_parameters(CONFIG, key)))
+
+
+def train(out: Path, seconds: float, peak: float, seed: int, workers: int, expected_steps: int) -> None:
+    """Train for so many seconds; the learning rate falls to zero with the time. Leaves a checkpoint in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.write(out)
+    model = MllamaModel(CONFIG, jnp.dtype("bfloat16"))
+    schedule = optax.warmup_cosine_decay_schedule(0, peak, 500, expected_steps, peak / 100)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
+    params = start(jax.random.key(seed))
+    state = optimizer.init(params)
+    step = train_step(model, optimizer)
+    begin, recent = time.monotonic(), []
+    with tqdm(batches(seed, ROWS, CONFIG, str(out), workers), total=expected_steps, mininterval=5) as progress:
+        for i, batch in enumerate(progress, start=1):
+            params, state, loss = step(params, state, batch)
+            recent.append(loss)
+            if i % 200 == 0:
+                tqdm.write(f"{i} {time.monotonic() - begin:.0f} s loss {np.mean(np.array(recent)):.4f}")
+                recent = []
+            if i >= expected_steps or time.monotonic() - begin > seconds:
+                break
+    write_hf(out, params, CONFIG, np.dtype(jnp.bfloat16))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time at the latest")
+    parser.add_argument("--peak", type=float, default=2e-3, help="the highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=16, help="processes that draw pictures")
+    args = parser.parse_args()
+    train(args.out, args.seconds, args.peak, args.seed, args.workers, args.steps)
+
+
+if __name__ == "__main__":
+    main()
