@@ -180,6 +180,16 @@ class Golden:
         return {name: sample for name, sample in self.arrays.items() if name.startswith(prefixes)}
 
 
+def spans(tokens: Array, image_token: int) -> list[list[int]]:
+    """[first, end) of the tokens that see each image of a row; -1: to the end, generated tokens included."""
+    starts = np.flatnonzero(tokens == image_token).tolist()
+    ends = [*starts[1:], -1][: len(starts)]
+    for i in reversed(range(len(starts) - 1)):  # images in succession are seen as far as the last of them
+        if starts[i + 1] == starts[i] + 1:
+            ends[i] = ends[i + 1]
+    return [list(span) for span in zip(starts, ends, strict=True)]
+
+
 def present(features: Array, images: Iterable[list[Any]]) -> Array:
     """[B, I, ...] -> [images that are present, ...]: rows with fewer images than others are filled up."""
     return np.concatenate([row[: len(own)] for row, own in zip(features, images, strict=True)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,14 @@ import numpy as np
 import torch
 
 from tests.oracle import torchvision_stub
-from tests.parity import CASES, GOLDENS, GREEDY, LOGITS_TOLERANCE, Array, Case, Golden
+from tests.parity import CASES, GOLDENS, GREEDY, LOGITS_TOLERANCE, Array, Case, Golden, spans
 
-torchvision_stub.install()  # before llama_models' image transform, which imports torchvision
-
-import fairscale.nn.model_parallel.initialize as model_parallel  # noqa: E402
-from llama_models.llama3.args import ModelArgs  # noqa: E402
-from llama_models.llama3.multimodal import model as meta  # noqa: E402
+with torchvision_stub.standing_in():  # Meta's image transform imports it
+    import fairscale.nn.model_parallel.initialize as model_parallel
+    from llama_models.llama3.args import ModelArgs
+    from llama_models.llama3.multimodal import model as meta
 
 CPU = torch.device("cpu")
-Spans = list[list[int]]
 
 
 def build(params: Mapping[str, Any], weights: Mapping[str, Array]) -> meta.CrossAttentionTransformer:
@@ -47,23 +46,15 @@ def build(params: Mapping[str, Any], weights: Mapping[str, Array]) -> meta.Cross
     return model.eval()
 
 
-def spans(tokens: Array, image_token: int) -> Spans:
-    """[first, end) of the tokens that see each image of a row; -1: to the end, generated tokens included."""
-    starts = np.flatnonzero(tokens == image_token).tolist()
-    ends = [*starts[1:], -1][: len(starts)]
-    for i in reversed(range(len(starts) - 1)):  # images in succession are seen as far as the last of them
-        if starts[i + 1] == starts[i] + 1:
-            ends[i] = ends[i + 1]
-    return [list(span) for span in zip(starts, ends, strict=True)]
-
-
 @torch.no_grad()
 def run(case: Case) -> dict[str, Array]:
     """Every array of `case`, whole, named as in `tests.parity`."""
     model, tokens, images = build(case.params, case.weights), case.tokens, case.images
-    if not case.ragged:
-        return _run_rows(model, np.stack(tokens), images)
-    rows = [_run_rows(model, own[None], [pictures]) for own, pictures in zip(tokens, images, strict=True)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)  # Meta's code calls it
+        if not case.ragged:
+            return _run_rows(model, np.stack(tokens), images)
+        rows = [_run_rows(model, own[None], [pictures]) for own, pictures in zip(tokens, images, strict=True)]
     return {
         name: np.concatenate([row[name] for row in rows if name in row]) for name in ("features", "logits", "greedy")
     }

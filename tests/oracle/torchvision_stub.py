@@ -1,7 +1,9 @@
 """The four names of torchvision that llama-models' image transform uses, so that its tests need no torchvision."""
 
+import contextlib
 import sys
 import types
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -30,8 +32,9 @@ def resize(picture: Image.Image, size: tuple[int, int], interpolation: str) -> I
     return picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
 
-def install() -> None:
-    """Answer `import torchvision` with the names above, where it is not imported already."""
+@contextlib.contextmanager
+def standing_in() -> Iterator[None]:
+    """Answer `import torchvision` with the names above, for a while: transformers must not take it for the real one."""
     torchvision = types.ModuleType("torchvision")
     transforms = types.ModuleType("torchvision.transforms")
     functional = types.ModuleType("torchvision.transforms.functional")
@@ -39,5 +42,10 @@ def install() -> None:
     transforms.functional, transforms.ToTensor, transforms.Normalize = functional, ToTensor, Normalize
     transforms.InterpolationMode = types.SimpleNamespace(BILINEAR="bilinear")
     torchvision.transforms = transforms
-    for module in (torchvision, transforms, functional):
-        sys.modules.setdefault(module.__name__, module)
+    modules = {module.__name__: module for module in (torchvision, transforms, functional)}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
