@@ -38,7 +38,7 @@ class ArrayLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> Any: ...
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+    def __array__(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,18 @@ def guess_kind(head: bytes) -> str:
     return next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), "no known format")
 
 
-def valid_shape(shape: object) -> bool:
-    """Whether a file's word for a shape is a list or tuple of plain integers that NumPy can hold."""
+def plain_sizes(sizes: object) -> bool:
+    """Whether a file's word for a shape or for strides is a list or tuple of plain integers, none absurd."""
     return (
-        isinstance(shape, list | tuple)
-        and len(shape) <= _MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in shape)
-        and math.prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
+        isinstance(sizes, list | tuple)
+        and len(sizes) <= _MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in sizes)
     )
+
+
+def valid_shape(shape: Any) -> bool:
+    """Whether NumPy can hold a file's word for a shape."""
+    return plain_sizes(shape) and math.prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
 
 
 def parse_json(text: bytes, origin: str) -> dict[str, Any]:

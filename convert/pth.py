@@ -14,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mllama_jax.convert.files import ArrayLike, Region, TensorFile, array_bytes, guess_kind, replacing, valid_shape
+from mllama_jax.convert.files import (
+    ArrayLike,
+    Region,
+    TensorFile,
+    array_bytes,
+    guess_kind,
+    plain_sizes,
+    replacing,
+    valid_shape,
+)
 from mllama_jax.convert.unpickle import STORAGES, UNTYPED, UNTYPED_STORAGE, Callables, Storage, View, unpickle
 from mllama_jax.errors import InputError
 
@@ -35,6 +44,8 @@ class PthFile(TensorFile):
         super().__init__(path)
         self._members = self._directory()
         self._starts: dict[str, tuple[int, int]] = {}
+        if "byteorder" in self._members and self._small_member("byteorder") != b"little":
+            raise InputError(f"{self.path}: expected byte order 'little'; save it again on a little-endian machine")
         state = unpickle(self._small_member("data.pkl"), f"{self.path}: data.pkl")
         if not isinstance(state, dict):
             raise InputError(f"{self.path}: expected a state dict (name to tensor), got a {type(state).__name__}")
@@ -106,7 +117,7 @@ class PthFile(TensorFile):
                 f"{where}: expected a tensor, got a {type(view).__name__}; save a flat dict of name to tensor"
             )
         shape, stride, itemsize = view.shape, view.stride, view.dtype.itemsize
-        if not valid_shape(shape) or not valid_shape(stride) or len(shape) != len(stride):
+        if not valid_shape(shape) or not plain_sizes(stride) or len(shape) != len(stride):
             raise InputError(f"{where}: expected a shape and strides of non-negative integers of one length")
         if type(view.offset) is not int or view.offset < 0:
             raise InputError(f"{where}: expected a storage offset of 0 or more, got {view.offset!r}")

@@ -7,6 +7,7 @@ stands in a pattern below, and any other name is refused.
 
 import pickletools
 import struct
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,6 @@ _NAMES = {*STORAGES, *UNTYPED, *(value for key, value in vars(Callables).items()
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_NAMING = {"INST", "EXT1", "EXT2", "EXT4", "PERSID"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,14 @@ def unpickle(data: bytes, origin: str) -> Any:
     """The pickled value, with a View for each tensor; InputError, beginning with `origin`, for all it does not know."""
     machine = _Machine(origin)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of odd escapes in a name
+            for opcode, argument, _ in pickletools.genops(
+                data
+            ):  # first, for an error that says what the file would run
+                if opcode.name in ("GLOBAL", "INST"):
+                    machine.name(str(argument))
+            for opcode, argument, _ in pickletools.genops(data):
+                machine.step(opcode.name, argument)
         return machine.stack.pop()
     except InputError:
         raise
@@ -139,10 +145,10 @@ class _Machine:
             case "BINGET" | "LONG_BINGET":
                 stack.append(self.memo[argument])
             case "GLOBAL":
-                stack.append(self._name(argument.replace(" ", ".")))
+                stack.append(self.name(argument))
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
-                stack.append(self._name(f"{module}.{attribute}"))
+                stack.append(self.name(str.join(" ", (module, attribute))))
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             case "REDUCE":
@@ -158,8 +164,7 @@ class _Machine:
                 items = tuple(stack.pop() for _ in range(_TUPLES[opcode]))
                 stack.append(items[::-1])
             case _:
-                named = f" of {argument!r}" if opcode in _NAMING else ""
-                raise InputError(f"{self.origin}: refused: pickle opcode {opcode}{named} is not part of a state dict")
+                raise InputError(f"{self.origin}: refused: pickle opcode {opcode} is not part of a state dict")
 
     def _to_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.outer.pop()
@@ -178,10 +183,11 @@ class _Machine:
             raise InputError(f"{self.origin}: refused: appends to a {type(target).__name__}")
         target.extend(items)
 
-    def _name(self, text: str) -> Name:
+    def name(self, qualified: str) -> Name:
+        text = qualified.replace(" ", ".")
         if text not in _NAMES:
             raise InputError(
-                f"{self.origin}: refused: names {text!r}, but weights need only torch tensors; "
+                f"{self.origin}: refused: names {text[:100]!r}, but weights need only torch tensors; "
                 "do not load this file with torch unless you trust its source"
             )
         return Name(text)
