@@ -197,7 +197,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> Asked | None:
     if not ways:
         return None
     thing, colour, shape = pick(rng, ways)
-    ask = pick(rng, ("Where is the {}?", "In which place is the {}?", "Where do you see the {}?"))
+    ask = pick(rng, ("Where is the {}?", "Which place is the {} in?", "Where do you see the {}?"))
     return Asked(ask.format(noun(colour, shape)), thing.place, (thing,))
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from mllama_jax.errors import InputError
-from mllama_jax.train.pictures import scenes
+from mllama_jax.train.pictures import charts, pairs, scenes, text
 from mllama_jax.train.pictures.example import Example
 
 FAMILIES: dict[str, Callable[[np.random.Generator], Example]] = {
     "scenes": scenes.sample,
+    "charts": charts.sample,
+    "text": text.sample,
+    "pairs": pairs.sample,
 }
 _TRAINING, _HELD_OUT = 0, 1  # the first word of every seed
 

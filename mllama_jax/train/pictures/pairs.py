@@ -1,0 +1,65 @@
+"""Two scenes and a question that takes both, or that says which of the two it is about."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mllama_jax.train.pictures import canvas, scenes
+from mllama_jax.train.pictures.canvas import coin, pick
+from mllama_jax.train.pictures.example import Example
+from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Asked, Scene, a, noun
+
+_RATIOS = ((1, 1), (1, 2), (2, 1), (2, 2))
+_WAYS = [(colour, shape) for colour in (None, *COLOURS) for shape in (None, *SHAPES)]
+
+
+def _more(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
+    """Each of the three answers as often as the others."""
+    answer = pick(rng, ("first", "second", "the same"))
+    ways = []
+    for way in _WAYS:
+        first, second = (len(scene.find(*way)) for scene in pair)
+        if (first or second) and answer == ("first" if first > second else "second" if second > first else "the same"):
+            ways.append(way)
+    if not ways:
+        return None
+    way = pick(rng, ways)
+    ask = pick(rng, ("Which picture has more {}, the first or the second?", "Which of the pictures shows more {}?"))
+    return Asked(ask.format(noun(*way, many=True)), answer, tuple(t for scene in pair for t in scene.find(*way)))
+
+
+def _both(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
+    """Where the answer is no, one of the pictures does have the thing."""
+    yes = coin(rng)
+    ways = [way for way in _WAYS[1:] if sum(bool(scene.find(*way)) for scene in pair) == (2 if yes else 1)]
+    if not ways:
+        return None
+    way = pick(rng, ways)
+    ask = pick(rng, ("Do both pictures have {}?", "Is there {} in both pictures?"))
+    things = tuple(t for scene in pair for t in scene.find(*way))
+    return Asked(ask.format(a(noun(*way))), "yes" if yes else "no", things)
+
+
+def _one(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
+    """A question about a scene, asked of one of the two."""
+    n = int(rng.integers(2))
+    asked = scenes.KINDS[pick(rng, ("shape", "colour", "place", "count"))](pair[n], rng)
+    if asked is None:
+        return None
+    question = asked.question[0].lower() + asked.question[1:]
+    return asked._replace(question=f"In the {('first', 'second')[n]} picture, {question}")
+
+
+_KINDS = {"more": _more, "both": _both, "one": _one}
+
+
+def sample(rng: np.random.Generator) -> Example:
+    """A question of a random kind about two random scenes."""
+    kind = pick(rng, tuple(_KINDS))
+    while True:
+        pair = [scenes.compose(rng, size=canvas.size(rng, _RATIOS), image=n) for n in range(2)]
+        asked = _KINDS[kind](pair, rng)
+        if asked is not None:
+            images = tuple(scenes.render(scene, rng) for scene in pair)
+            boxes = tuple(thing.box for thing in asked.things)
+            return Example(images, asked.question, asked.answer, f"pairs/{kind}", boxes, tuple(pair))
