@@ -250,8 +250,7 @@ def _escaper(specials: Mapping[str, int]) -> Callable[[str], str]:
 
 
 def _tokenize(rendered: str, tokenizer: Tokenizer) -> list[int]:
-    names = "|".join(sorted(map(re.escape, tokenizer.specials), key=len, reverse=True))
-    text, *marks = re.split(f"{ESCAPE}(.)|({names})|{CUT}", rendered, flags=re.DOTALL)
+    text, *marks = re.split(f"{ESCAPE}(.)|{tokenizer.special_names}|{CUT}", rendered, flags=re.DOTALL)
     tokens: list[int] = []
     for escaped, name, behind in zip(marks[::3], marks[1::3], marks[2::3], strict=True):
         if escaped:

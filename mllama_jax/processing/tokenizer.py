@@ -64,14 +64,14 @@ class Tokenizer:
             )
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # specials are found by `_parts`, where the caller wants them
+        backend.encode_special_tokens = True  # `encode` finds the specials, where they are wanted
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self._added = {i: token.content for i, token in added.items()}
         self._specials = {token.content: i for i, token in added.items() if token.special}
         self._special_ids = frozenset(self._specials.values())
         longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
-        self._parts = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.special_names = f"({'|'.join(longest_first) or '(?!)'})"  # a regular expression
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -118,7 +118,7 @@ class Tokenizer:
         if not specials:
             return self._encode_plain(text)
         ids: list[int] = []
-        for part in filter(None, self._parts.split(text)):
+        for part in filter(None, re.split(self.special_names, text)):
             ids += [self._specials[part]] if part in self._specials else self._encode_plain(part)
         return ids
 
