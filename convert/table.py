@@ -80,7 +80,7 @@ def _text(c: TextConfig, prefix: str) -> Iterator[Row]:
         Source((f"{prefix}model.embed_tokens.weight",), "v d -> v d"),
         Source(embeddings, "v d -> v d", concat=lengths),
     )
-    yield _same("text/norm/scale", f"{prefix}model.norm.weight", "text_model.norm.weight", "d -> d")
+    yield _same("text/final_norm/scale", f"{prefix}model.norm.weight", "text_model.norm.weight", "d -> d")
     if not c.tied:
         yield _same("text/head/kernel", f"{prefix}lm_head.weight", "text_model.output.weight", "v d -> v d")
     for i in range(c.layers):
@@ -159,7 +159,7 @@ def _layer_rest(c: TextConfig, ours: str, hf: str, meta: str, kind: str) -> Iter
 def _vision(c: VisionConfig) -> Iterator[Row]:
     hf, meta = "vision_model.", "vision_model.vision_encoder."
     yield Row(
-        _path("vision/patch/kernel"),
+        _path("vision/patch_embedding/kernel"),
         Source((f"{hf}patch_embedding.weight",), "d ch p q -> d (ch p q)"),
         Source((f"{meta}conv1._linear.weight",), "d e -> d e"),
         (("ch", 3), ("p", c.patch), ("q", c.patch)),

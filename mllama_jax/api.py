@@ -17,8 +17,8 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.batch import Rows, bucket, make_rows
 from mllama_jax.generate.sampling import SamplingParams, Settings
-from mllama_jax.model.cache import CrossCache, empty_cache
-from mllama_jax.model.mllama import MllamaModel, Params, call
+from mllama_jax.model.cache import CrossCache
+from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
 from mllama_jax.processing.image import preprocess
 from mllama_jax.processing.tokenizer import TextStream, Tokenizer
@@ -93,34 +93,14 @@ class Mllama:
         """Every named intermediate, for comparison layer by layer.
 
         `vision/...` are [I, C, N, width] over the pictures of all rows in order, padding tokens left out; `text/...`
-        are [B, T, D], and `text/keys_i`, `text/values_i` of a cross-attention layer [I, C, N, K, H]. `text/layer_i`
-        counts both kinds of layers.
+        are [B, T, D]. `text/layer_i` counts cross-attention layers too.
         """
         rows, cross = self._prepare(_lists(tokens), images)
-        found: dict[str, Any] = {}
+        found = decode.text_intermediates(self.model, self.params, rows.tokens, cross)
+        found = {name: value[:, : int(rows.lengths.max())] for name, value in found.items()}
         if rows.pixels is not None:
-            projected, sown = self.model.apply(
-                {"params": self.params}, rows.pixels, rows.ratio_ids, method="encode", mutable=["intermediates"]
-            )
-            found |= {f"vision/{name}": value for name, value in sown["intermediates"]["vision"].items()}
-            found["vision/projected"] = (projected,)
-            no_spans = np.zeros((*projected.shape[:2], 2), np.int32)
-            every = call(self.model, self.params, "keys_values", projected, no_spans)
-            for i, layer in zip(self.config.text.cross_layers, every.layers, strict=True):
-                shape = (*projected.shape[:3], *layer.k.shape[2:])
-                found |= {f"text/keys_{i}": (layer.k.reshape(shape),), f"text/values_{i}": (layer.v.reshape(shape),)}
-        positions = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1]), rows.tokens.shape)
-        cache = empty_cache(self.config.text, len(rows.tokens), rows.tokens.shape[1], self.model.dtype)
-        (x, _), sown = self.model.apply(
-            {"params": self.params}, rows.tokens, positions, cache, cross, mutable=["intermediates"]
-        )
-        found |= {f"text/{name}": value for name, value in sown["intermediates"]["text"].items()}
-        found["text/logits"] = (call(self.model, self.params, "logits", x),)
-        length = int(rows.lengths.max())
-        values = {name: np.asarray(value, np.float32) for name, (value,) in found.items()}
-        return {
-            name: value[:, :length] if value.shape[:2] == rows.tokens.shape else value for name, value in values.items()
-        }
+            found = decode.vision_intermediates(self.model, self.params, rows.pixels, rows.ratio_ids) | found
+        return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
     def generate_tokens(
         self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images, **sampling: Any

@@ -6,6 +6,7 @@ All take the model as a static argument and its parameters as the first dynamic 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +52,38 @@ def keys_values(
 
 
 @functools.partial(jax.jit, static_argnames="model")
+def vision_intermediates(
+    model: MllamaModel, params: Params, pixels: jax.Array, ratio_ids: jax.Array
+) -> dict[str, jax.Array]:
+    """What the vision tower sows on the way from pixels to projected features."""
+    projected, sown = model.apply({"params": params}, pixels, ratio_ids, method="encode", mutable=["intermediates"])
+    found: Any = sown["intermediates"]["vision"]
+    return {f"vision/{name}": value for name, (value,) in found.items()} | {"vision/projected": projected}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def text_intermediates(
+    model: MllamaModel, params: Params, tokens: jax.Array, cross: CrossCache | None
+) -> dict[str, jax.Array]:
+    """What the decoder sows on the way from tokens [B, T] to logits."""
+    (x, _), sown = model.apply({"params": params}, *_whole(model, tokens), cross, mutable=["intermediates"])
+    found: Any = sown["intermediates"]["text"]
+    return {f"text/{name}": value for name, (value,) in found.items()} | {
+        "text/logits": call(model, params, "logits", x)
+    }
+
+
+def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
+    """Tokens [B, T] with their positions and an empty cache for all of them."""
+    rows, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    return tokens, positions, empty_cache(model.config.text, rows, length, model.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="model")
 def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: CrossCache | None) -> jax.Array:
     """Logits float32 [B, T, V] of every position of tokens [B, T]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    rows, length = tokens.shape
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
-    x, _ = call(model, params, "__call__", tokens, positions, cache, cross)
+    x, _ = call(model, params, "__call__", *_whole(model, tokens), cross)
     return call(model, params, "logits", x)
 
 

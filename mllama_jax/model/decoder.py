@@ -80,7 +80,7 @@ class Decoder(nn.Module):
             (CrossAttentionLayer if i in c.cross_layers else SelfAttentionLayer)(c, self.constrain)
             for i in range(c.layers)
         ]
-        self.norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps)
 
     def keys_values(self, features: jax.Array) -> tuple[KVCache, ...]:
         """Projected features [B, M, N, D] -> keys and values for each cross-attention layer."""
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
             elif visible is not None:
                 x = layer(x, next(crosses), visible)
             self.sow("intermediates", f"layer_{i}", x)
-        x = self.norm(x)
+        x = self.final_norm(x)
         self.sow("intermediates", "norm", x)
         return x, tuple(written)
 

@@ -117,7 +117,7 @@ class VisionEncoder(nn.Module):
     def __call__(self, pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
         c = self.config
         patches = rearrange(pixels, "i c ch (y p) (x q) -> i c (y x) (ch p q)", p=c.patch, q=c.patch)
-        x = Linear("icnp,dp->icnd", (c.width, 3 * c.patch**2), ("embed", None), name="patch")(patches)
+        x = Linear("icnp,dp->icnd", (c.width, 3 * c.patch**2), ("embed", None), name="patch_embedding")(patches)
         self.sow("intermediates", "patch", x)
         x = TileEmbedding(c, name="pre_tile_embedding")(x, ratio_ids)
         class_token = parameter(self, "class_token", nn.initializers.normal(c.width**-0.5), (c.width,), ("embed",))

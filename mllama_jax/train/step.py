@@ -73,7 +73,7 @@ def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
 def train_step(
     model: MllamaModel, optimizer: optax.GradientTransformation
 ) -> Callable[[Params, optax.OptState, Batch], tuple[Params, optax.OptState, jax.Array]]:
-    """A jitted step (parameters, optimiser state, batch) -> (parameters, optimiser state, loss); the first two are donated."""
+    """A jitted step (parameters, optimiser state, batch) -> (parameters, state, loss); the first two are donated."""
 
     def step(params: Params, state: optax.OptState, batch: Batch) -> tuple[Params, optax.OptState, jax.Array]:
         value, gradients = jax.value_and_grad(lambda params: loss(model, params, batch))(params)

@@ -1,6 +1,6 @@
 """How the checkpoint that ships is made: `python -m mllama_jax.train.pictures.recipe OUT`.
 
-A small Llama 3.2 Vision with everything the large ones have (several tiles, gated global layers, tapped features, several
+A small Llama 3.2 Vision with everything the large ones have (several tiles, gated global layers, tapped features and
 cross-attention layers), trained from nothing on pictures drawn as it goes.
 """
 

@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all set-up on a fresh machine with Python >= 3.11.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-all lint
+
+demo: $(VENV)/.runtime
+	$(RUN) -m mllama_jax.demo
+
+test: $(VENV)/.test lint
+	$(RUN) -m pytest -n auto -m "not oracle" tests
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+# Beside `make test`: Meta's code and two versions of transformers on the same weights.
+test-all: test $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done
+	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
+		$(VENV)-oracle/bin/python -m pytest -m oracle tests
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable ".[test]"
+	touch $(VENV)/.runtime $@
+
+# torch 2.13.0 is pinned because a later one may drag in CUDA; torchvision always would, and is stubbed.
+$(VENV)-oracle/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oracle
+	$(VENV)-oracle/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oracle/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17"
+	touch $@
+
+$(VENV)-transformers-4.54/.done:
+	$(PYTHON) -m venv $(VENV)-transformers-4.54
+	$(VENV)-transformers-4.54/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-transformers-4.54/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-transformers-4.54/bin/python -m pip install --quiet transformers==4.54.1 pillow safetensors numpy
+	touch $@
