@@ -53,8 +53,10 @@ def _grains() -> list[Image.Image]:
 
 
 def grain(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """`image` with mild noise, cut from a fixed sheet because drawing it anew takes longer than all shapes."""
-    sheet = pick(rng, _grains())
+    """`image` clean or with mild noise, cut from a fixed sheet because drawing it anew takes longer than all shapes."""
+    sheet = pick(rng, [None, *_grains()])
+    if sheet is None:
+        return image
     left, top = (int(rng.integers(640 - side + 1)) for side in image.size)
     noise = sheet.crop((left, top, left + image.width, top + image.height))
     return ImageChops.add(image, noise, offset=-128)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from mllama_jax.train.pictures import canvas
 from mllama_jax.train.pictures.canvas import Colour, coin, pick
-from mllama_jax.train.pictures.example import Box, Example
+from mllama_jax.train.pictures.example import Asked, Box, Example
 
 CATEGORIES = (
     *("apple", "pear", "plum", "fig", "lime", "kiwi", "grape", "corn", "rice", "bean", "milk", "tea", "bread", "fish"),
@@ -153,48 +153,45 @@ def render(chart: Chart, rng: np.random.Generator) -> Image.Image:
 # ---- Asking -------------------------------------------------------------------------------------------------------
 
 
-def _value(chart: Chart, rng: np.random.Generator) -> tuple[str, str, list[Bar]]:
+def _value(chart: Chart, rng: np.random.Generator) -> Asked:
     bar = pick(rng, chart.bars)
     ask = pick(rng, ("What is the value of {}?", "What value does {} have?", "Read the value of {}."))
-    return ask.format(bar.name), str(bar.value), [bar]
+    return Asked(ask.format(bar.name), str(bar.value), (bar.box,))
 
 
-def _extreme(chart: Chart, rng: np.random.Generator) -> tuple[str, str, list[Bar]] | None:
+def _extreme(chart: Chart, rng: np.random.Generator) -> Asked | None:
     largest = coin(rng)
     extreme = (max if largest else min)(bar.value for bar in chart.bars)
     found = [bar for bar in chart.bars if bar.value == extreme]
     if len(found) > 1:
         return None
     ask = pick(rng, ("Which is the {}?", "Which bar is the {}?", "Which one has the {} value?"))
-    return ask.format("largest" if largest else "smallest"), found[0].name, found
+    return Asked(ask.format("largest" if largest else "smallest"), found[0].name, (found[0].box,))
 
 
-def _compare(chart: Chart, rng: np.random.Generator) -> tuple[str, str, list[Bar]] | None:
+def _compare(chart: Chart, rng: np.random.Generator) -> Asked | None:
     this, that = (chart.bars[i] for i in rng.permutation(len(chart.bars))[:2])
     if this.value == that.value:
         return None
     larger = coin(rng)
     ask = pick(rng, ("Is {} {} than {}?", "Is the value of {} {} than that of {}?"))
     question = ask.format(this.name, "larger" if larger else "smaller", that.name)
-    return question, "yes" if larger == (this.value > that.value) else "no", [this, that]
+    return Asked(question, "yes" if larger == (this.value > that.value) else "no", (this.box, that.box))
 
 
-def _bars(chart: Chart, rng: np.random.Generator) -> tuple[str, str, list[Bar]]:
+def _bars(chart: Chart, rng: np.random.Generator) -> Asked:
     ask = pick(rng, ("How many bars are there?", "How many bars does the chart have?", "Count the bars."))
-    return ask, str(len(chart.bars)), list(chart.bars)
+    return Asked(ask, str(len(chart.bars)), tuple(bar.box for bar in chart.bars))
 
 
 KINDS = {"value": _value, "extreme": _extreme, "compare": _compare, "bars": _bars}
-_ORDER = ("value", "value", "extreme", "compare", "bars")
 
 
 def sample(rng: np.random.Generator) -> Example:
     """A question of a random kind, values twice as often as each other one, about a random chart."""
-    kind = pick(rng, _ORDER)
+    kind = pick(rng, ("value", *KINDS))
     while True:
         chart = compose(rng)
         asked = KINDS[kind](chart, rng)
         if asked is not None:
-            question, answer, bars = asked
-            boxes = tuple(bar.box for bar in bars)
-            return Example((render(chart, rng),), question, answer, f"charts/{kind}", boxes, (chart,))
+            return Example((render(chart, rng),), asked.question, asked.answer, f"charts/{kind}", asked.boxes, (chart,))

@@ -38,6 +38,14 @@ class Example:
         return self.kind.split("/")[0]
 
 
+class Asked(NamedTuple):
+    """A question, its answer, and where the things that it names are."""
+
+    question: str
+    answer: str
+    boxes: tuple[Box, ...] = ()
+
+
 _ORDINALS = ("first", "second", "third", "fourth")
 
 

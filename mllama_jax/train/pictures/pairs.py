@@ -6,11 +6,15 @@ import numpy as np
 
 from mllama_jax.train.pictures import canvas, scenes
 from mllama_jax.train.pictures.canvas import coin, pick
-from mllama_jax.train.pictures.example import Example
-from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Asked, Scene, a, noun
+from mllama_jax.train.pictures.example import Asked, Box, Example
+from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Scene, Way, a, boxes, noun
 
 _RATIOS = ((1, 1), (1, 2), (2, 1), (2, 2))
 _WAYS = [(colour, shape) for colour in (None, *COLOURS) for shape in (None, *SHAPES)]
+
+
+def _found(pair: list[Scene], way: Way) -> tuple[Box, ...]:
+    return tuple(box for scene in pair for box in boxes(scene.find(*way)))
 
 
 def _more(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
@@ -25,7 +29,7 @@ def _more(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
         return None
     way = pick(rng, ways)
     ask = pick(rng, ("Which picture has more {}, the first or the second?", "Which of the pictures shows more {}?"))
-    return Asked(ask.format(noun(*way, many=True)), answer, tuple(t for scene in pair for t in scene.find(*way)))
+    return Asked(ask.format(noun(*way, many=True)), answer, _found(pair, way))
 
 
 def _both(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
@@ -36,8 +40,7 @@ def _both(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
         return None
     way = pick(rng, ways)
     ask = pick(rng, ("Do both pictures have {}?", "Is there {} in both pictures?"))
-    things = tuple(t for scene in pair for t in scene.find(*way))
-    return Asked(ask.format(a(noun(*way))), "yes" if yes else "no", things)
+    return Asked(ask.format(a(noun(*way))), "yes" if yes else "no", _found(pair, way))
 
 
 def _one(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
@@ -61,5 +64,4 @@ def sample(rng: np.random.Generator) -> Example:
         asked = _KINDS[kind](pair, rng)
         if asked is not None:
             images = tuple(scenes.render(scene, rng) for scene in pair)
-            boxes = tuple(thing.box for thing in asked.things)
-            return Example(images, asked.question, asked.answer, f"pairs/{kind}", boxes, tuple(pair))
+            return Example(images, asked.question, asked.answer, f"pairs/{kind}", asked.boxes, tuple(pair))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mllama_jax.train.pictures import canvas
 from mllama_jax.train.pictures.canvas import Colour, coin, pick
-from mllama_jax.train.pictures.example import Box, Example
+from mllama_jax.train.pictures.example import Asked, Box, Example
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
 COLOURS: dict[str, Colour] = {
@@ -26,6 +25,9 @@ COLOURS: dict[str, Colour] = {
 }
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 _PREPOSITIONS = {"top": "at", "bottom": "at", "left": "on", "right": "on"}  # the others: "in the top left"
+
+
+Way = tuple[str | None, str | None]  # to name things: by colour, by shape, by both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,19 +135,15 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
 # ---- Asking -------------------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
-    """A question, its answer, and the things that it names."""
-
-    question: str
-    answer: str
-    things: tuple[Thing, ...] = ()
-
-
 def noun(colour: str | None = None, shape: str | None = None, *, many: bool = False) -> str:
     """ "red circle", "circles", "blue shape": what `Scene.find` finds, in words."""
     word = shape or "shape"
     ending = ("es" if word.endswith("s") else "s") if many else ""
     return " ".join(filter(None, (colour, word + ending)))
+
+
+def boxes(things: Sequence[Thing]) -> tuple[Box, ...]:
+    return tuple(thing.box for thing in things)
 
 
 def a(noun: str) -> str:
@@ -164,10 +162,12 @@ def alone(scene: Scene, thing: Thing) -> bool:
     return not any(thing.place in other.place.split() for other in scene.things if other is not thing)
 
 
-def names(scene: Scene) -> list[tuple[Thing, str | None, str | None]]:
-    """Every way (colour, shape) to name one single thing of the scene."""
-    ways = [(t, *way) for t in scene.things for way in ((t.colour, None), (None, t.shape), (t.colour, t.shape))]
-    return [(thing, colour, shape) for thing, colour, shape in ways if len(scene.find(colour, shape)) == 1]
+def names(scene: Scene) -> list[tuple[Thing, Way]]:
+    """Every way to name one single thing of the scene."""
+    ways: list[tuple[Thing, Way]] = []
+    for thing in scene.things:
+        ways += [(thing, way) for way in ((thing.colour, None), (None, thing.shape), (thing.colour, thing.shape))]
+    return [(thing, way) for thing, way in ways if len(scene.find(*way)) == 1]
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Asked | None:
@@ -178,7 +178,7 @@ def _shape(scene: Scene, rng: np.random.Generator) -> Asked | None:
         return None
     thing, which = pick(rng, pick(rng, forms))
     ask = pick(rng, ("What shape is {}?", "Which shape is {}?", "Name the shape that is {}."))
-    return Asked(ask.format(which), thing.shape, (thing,))
+    return Asked(ask.format(which), thing.shape, (thing.box,))
 
 
 def _colour(scene: Scene, rng: np.random.Generator) -> Asked | None:
@@ -189,32 +189,32 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Asked | None:
         return None
     thing, which = pick(rng, pick(rng, forms))
     ask = pick(rng, ("What colour is the {}?", "Which colour is the {}?", "What is the colour of the {}?"))
-    return Asked(ask.format(which), thing.colour, (thing,))
+    return Asked(ask.format(which), thing.colour, (thing.box,))
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Asked | None:
     ways = names(scene)
     if not ways:
         return None
-    thing, colour, shape = pick(rng, ways)
+    thing, way = pick(rng, ways)
     ask = pick(rng, ("Where is the {}?", "Which place is the {} in?", "Where do you see the {}?"))
-    return Asked(ask.format(noun(colour, shape)), thing.place, (thing,))
+    return Asked(ask.format(noun(*way)), thing.place, (thing.box,))
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Asked:
     if coin(rng, 0.2):
         ask = pick(rng, ("How many shapes are there in all?", "How many shapes do you see?", "Count all shapes."))
-        return Asked(ask, str(len(scene.things)), scene.things)
+        return Asked(ask, str(len(scene.things)), boxes(scene.things))
     form = pick(rng, ((True, False), (False, True), (True, True)))
     there, absent = _split(scene, *form)
-    counts: dict[int, list[tuple[str | None, str | None]]] = {0: absent}
+    counts: dict[int, list[Way]] = {0: absent}
     for way in there:
         counts.setdefault(len(scene.find(*way)), []).append(way)
     likely = [n for n in counts if n] + [0] * coin(rng, 0.5)  # zero is always possible: let it not crowd out the rest
     way = pick(rng, counts[pick(rng, likely)])
     ask = pick(rng, ("How many {} are there?", "How many {} do you see?", "Count the {}."))
     found = scene.find(*way)
-    return Asked(ask.format(noun(*way, many=True)), str(len(found)), found)
+    return Asked(ask.format(noun(*way, many=True)), str(len(found)), boxes(found))
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -223,10 +223,7 @@ def _exists(scene: Scene, rng: np.random.Generator) -> Asked:
     yes = coin(rng)
     way = pick(rng, there if yes else absent)
     ask = pick(rng, ("Is there {}?", "Do you see {}?", "Is there {} in the picture?"))
-    return Asked(ask.format(a(noun(*way))), "yes" if yes else "no", scene.find(*way))
-
-
-Way = tuple[str | None, str | None]
+    return Asked(ask.format(a(noun(*way))), "yes" if yes else "no", boxes(scene.find(*way)))
 
 
 def _split(scene: Scene, by_colour: bool, by_shape: bool) -> tuple[list[Way], list[Way]]:
@@ -260,5 +257,4 @@ def sample(rng: np.random.Generator) -> Example:
         scene = compose(rng)
         asked = KINDS[kind](scene, rng)
         if asked is not None:
-            boxes = tuple(thing.box for thing in asked.things)
-            return Example((render(scene, rng),), asked.question, asked.answer, f"scenes/{kind}", boxes, (scene,))
+            return Example((render(scene, rng),), asked.question, asked.answer, f"scenes/{kind}", asked.boxes, (scene,))

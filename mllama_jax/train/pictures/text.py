@@ -5,14 +5,14 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mllama_jax.train.pictures import canvas
 from mllama_jax.train.pictures.canvas import Colour, coin, pick
-from mllama_jax.train.pictures.example import Box, Example
+from mllama_jax.train.pictures.example import Asked, Box, Example
 
 WORDS = (
     *("open", "exit", "stop", "slow", "push", "pull", "danger", "hello", "hotel", "cafe", "bank", "park", "school"),
@@ -120,26 +120,43 @@ def render(sign: Sign, rng: np.random.Generator) -> Image.Image:
 # ---- Asking -------------------------------------------------------------------------------------------------------
 
 
+def _asked_all(sign: Sign, rng: np.random.Generator) -> Asked:
+    return Asked(
+        pick(rng, ("What does the sign say?", "What is written?", "Read the sign.")), " ".join(sign.words), sign.boxes
+    )
+
+
+def _asked_word(sign: Sign, rng: np.random.Generator) -> Asked | None:
+    count = len(sign.words)
+    if count < 2 or not all(word.isalpha() for word in sign.words):
+        return None
+    n = int(rng.integers(count))
+    ordinal = "last" if n == count - 1 and coin(rng, 0.7) else ("first", "second", "third")[n]
+    ask = pick(rng, ("What is the {} word?", "Which word is the {} one?", "Read the {} word."))
+    return Asked(ask.format(ordinal), sign.words[n], (sign.boxes[n],))
+
+
+def _asked_number(sign: Sign, rng: np.random.Generator) -> Asked | None:
+    numbers = [n for n, word in enumerate(sign.words) if not word.isalpha()]
+    if len(numbers) != 1 or not sign.words[numbers[0]].isdigit():
+        return None
+    ask = pick(rng, ("What number is written?", "Which number is on the sign?", "Read the number."))
+    return Asked(ask, sign.words[numbers[0]], (sign.boxes[numbers[0]],))
+
+
+KINDS: dict[str, Callable[[Sign, np.random.Generator], Asked | None]] = {
+    "read": _asked_all,
+    "word": _asked_word,
+    "number": _asked_number,
+}
+_MAKERS = {"read": (_word, _word, _number, _code), "word": (_word,), "number": (_word, _number)}
+
+
 def sample(rng: np.random.Generator) -> Example:
     """A random sign, and a question about all of it, one of its words, or the one number on it."""
-    kind = pick(rng, ("read", "word", "number"))
-    more = int(rng.integers(3))
-    if kind == "read":
-        sign = compose(rng, [pick(rng, (_word, _word, _number, _code))(rng) for _ in range(more + 1)])
-        asked, ask = (
-            range(len(sign.words)),
-            pick(rng, ("What does the sign say?", "What is written?", "Read the sign.")),
-        )
-    elif kind == "word":
-        sign = compose(rng, [_word(rng) for _ in range(max(more + 1, 2))])
-        n = int(rng.integers(len(sign.words)))
-        last = n == len(sign.words) - 1 and coin(rng, 0.7)
-        ask = pick(rng, ("What is the {} word?", "Which word is the {} one?", "Read the {} word."))
-        asked, ask = [n], ask.format("last" if last else ("first", "second", "third")[n])
-    else:
-        words = [_word(rng) for _ in range(more)]
-        n = int(rng.integers(more + 1))
-        sign = compose(rng, [*words[:n], _number(rng), *words[n:]])
-        asked, ask = [n], pick(rng, ("What number is written?", "Which number is on the sign?", "Read the number."))
-    answer = " ".join(sign.words[n] for n in asked)
-    return Example((render(sign, rng),), ask, answer, f"text/{kind}", tuple(sign.boxes[n] for n in asked), (sign,))
+    kind = pick(rng, tuple(KINDS))
+    while True:
+        sign = compose(rng, [pick(rng, _MAKERS[kind])(rng) for _ in range(rng.integers(1, 4))])
+        asked = KINDS[kind](sign, rng)
+        if asked is not None:
+            return Example((render(sign, rng),), asked.question, asked.answer, f"text/{kind}", asked.boxes, (sign,))
