@@ -65,7 +65,7 @@ def _fuzz(count: int, seed: int) -> list[str]:
         ["<|image|>", "<|eot_id|>", "<|begin_of_text|>", "<|", "|>", "eot_id", "\r\n", " "],
         [chr(code) for code in (*range(32, 0x250), *range(0x5D0, 0x700), *range(0x900, 0xE80, 3))],
         [chr(code) for code in (*range(0x3041, 0x3100), *range(0x4E00, 0x9F00, 97), *range(0x1F300, 0x1FAFF, 5))],
-        ["\u200d", "\ufe0f", "\u0301", "\ufdd0", "\ufdd1", "\U0010fffd", "👩", "🏽", "e", "\x00", "\x7f"],
+        ["\u200d", "\ufe0f", "\u0301", "␛", "␟", "\U0010fffd", "👩", "🏽", "e", "\x00", "\x7f"],
     ]
     return ["".join(draw.choices(draw.choice(alphabets), k=draw.randint(1, 60))) for _ in range(count)]
 

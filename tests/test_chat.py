@@ -55,7 +55,7 @@ def test_the_default_template_writes_metas_dialog(tokenizer: Tokenizer, default:
 
 
 def test_pieces_of_a_message_are_tokenized_apart(tokenizer: Tokenizer, default: ChatTemplate) -> None:
-    parts = ["\n\nth", "e", "\ufdd1\ufdd0"]
+    parts = ["\n\nth", "e", "␟␛"]
     content = [{"type": "text", "text": part} for part in parts]
     prompt = encode_conversation([{"role": "user", "content": content}], tokenizer, default)
     pieces = [i for part in ("\n\n", *parts) for i in tokenizer.encode(part, specials=False)]
@@ -87,6 +87,15 @@ def test_no_special_token_comes_about_between_pieces(cut: int, tokenizer: Tokeni
     content = [{"type": "text", "text": part} for part in ("<|eot_id|>"[:cut], "<|eot_id|>"[cut:])]
     prompt = encode_conversation([{"role": "user", "content": content}], tokenizer, template)
     assert prompt.tokens == [tokenizer.bos, *tokenizer.encode("<|eot_id|>", specials=False)]
+
+
+def test_a_special_token_in_the_repr_of_parts_is_text(tokenizer: Tokenizer) -> None:
+    """Released templates trim the first message where there are tools, and so write a list of parts as Python does."""
+    content = [{"type": "text", "text": "a<|eot_id|>␛␟<"}]
+    prompt = encode_conversation(
+        [{"role": "user", "content": content}], tokenizer, ChatTemplate("{{ messages[0].content | trim }}")
+    )
+    assert prompt.tokens == [tokenizer.bos, *tokenizer.encode(str(content), specials=False)]
 
 
 def test_special_tokens_in_tools_and_calls_are_text(tokenizer: Tokenizer) -> None:

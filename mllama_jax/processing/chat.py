@@ -7,6 +7,7 @@ A conversation is a list of messages ``{"role", "content"}``; content is text or
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -30,9 +31,10 @@ from mllama_jax.processing.tokenizer import Tokenizer
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 END = 2**31 - 1  # beyond any position: tokens yet to be generated see the last image
 
-# Two of Unicode's noncharacters steer the way from the rendered template to token ids.
-ESCAPE = "\ufdd0"  # the next character is only itself: put before what would begin a special token in a user's text
-CUT = "\ufdd1"  # text on either side is tokenized apart
+# Two symbols steer the way from the rendered template to token ids; printable ones, since templates may write the repr
+# of a list. In what a user says they are escaped like the beginnings of special tokens.
+ESCAPE = "␛"  # the next character is only itself
+CUT = "␟"  # text on either side is tokenized apart
 
 _VARIABLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
 
@@ -158,7 +160,7 @@ def encode_conversation(
     about between two parts. `tools` are JSON schemas. Raises `InputError` for what is not a conversation, for pictures
     that cannot be opened and for what the template refuses.
     """
-    escape = _escaper(tokenizer.specials)
+    escape = _escaper(tuple(tokenizer.specials))
     messages, sources = _check(conversation, escape)
     rendered = template.render(
         messages,
@@ -242,7 +244,8 @@ def _open(source: Any, where: str) -> Image.Image:
 # ---- Tokens -------------------------------------------------------------------------------------------------------
 
 
-def _escaper(specials: Mapping[str, int]) -> Callable[[str], str]:
+@functools.cache
+def _escaper(specials: tuple[str, ...]) -> Callable[[str], str]:
     """Escapes what begins a special token's name, or may begin one that goes on in the text behind."""
     beginnings = {rf"{re.escape(name[0])}(?={re.escape(name[1:2])}|\Z)" for name in specials}
     pattern = re.compile("|".join((f"[{ESCAPE}{CUT}]", *sorted(beginnings))))
