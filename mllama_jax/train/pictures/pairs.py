@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mllama_jax.train.pictures import canvas, scenes
-from mllama_jax.train.pictures.canvas import coin, pick
+from mllama_jax.train.pictures.canvas import pick
 from mllama_jax.train.pictures.example import Asked, Box, Example
 from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Scene, Way, a, boxes, noun
 
@@ -17,9 +17,8 @@ def _found(pair: list[Scene], way: Way) -> tuple[Box, ...]:
     return tuple(box for scene in pair for box in boxes(scene.find(*way)))
 
 
-def _more(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
-    """Each of the three answers as often as the others."""
-    answer = pick(rng, ("first", "second", "the same"))
+def _more(pair: list[Scene], lot: float, rng: np.random.Generator) -> Asked | None:
+    answer = ("first", "second", "the same")[int(3 * lot)]
     ways = []
     for way in _WAYS:
         first, second = (len(scene.find(*way)) for scene in pair)
@@ -32,9 +31,9 @@ def _more(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
     return Asked(ask.format(noun(*way, many=True)), answer, _found(pair, way))
 
 
-def _both(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
+def _both(pair: list[Scene], lot: float, rng: np.random.Generator) -> Asked | None:
     """Where the answer is no, one of the pictures does have the thing."""
-    yes = coin(rng)
+    yes = lot < 0.5
     ways = [way for way in _WAYS[1:] if sum(bool(scene.find(*way)) for scene in pair) == (2 if yes else 1)]
     if not ways:
         return None
@@ -43,9 +42,9 @@ def _both(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
     return Asked(ask.format(a(noun(*way))), "yes" if yes else "no", _found(pair, way))
 
 
-def _one(pair: list[Scene], rng: np.random.Generator) -> Asked | None:
+def _one(pair: list[Scene], lot: float, rng: np.random.Generator) -> Asked | None:
     """A question about a scene, asked of one of the two."""
-    n = int(rng.integers(2))
+    n = int(2 * lot)
     asked = scenes.KINDS[pick(rng, ("shape", "colour", "place", "count"))](pair[n], rng)
     if asked is None:
         return None
@@ -59,9 +58,10 @@ _KINDS = {"more": _more, "both": _both, "one": _one}
 def sample(rng: np.random.Generator) -> Example:
     """A question of a random kind about two random scenes."""
     kind = pick(rng, tuple(_KINDS))
+    lot = rng.random()  # decides the answer where it can: drawn once, or those would be rarer that few scenes allow
     while True:
         pair = [scenes.compose(rng, size=canvas.size(rng, _RATIOS), image=n) for n in range(2)]
-        asked = _KINDS[kind](pair, rng)
+        asked = _KINDS[kind](pair, lot, rng)
         if asked is not None:
             images = tuple(scenes.render(scene, rng) for scene in pair)
             return Example(images, asked.question, asked.answer, f"pairs/{kind}", asked.boxes, tuple(pair))

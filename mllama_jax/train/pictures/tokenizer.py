@@ -38,15 +38,14 @@ The weather was fine and they went out to see the old town before the others cam
 There is no one here who can tell whether that would have been better, but we should try to find out more about it.
 Cutting Knowledge Date: December 2023. Today Date: 26 July 2024. Thank you, that is all for now. No, it does not.
 """
-_ROLES = "user\n\nassistant\n\nsystem\n\n"
 
 
 def _corpus(examples: int = 1600) -> Iterator[str]:
-    """What the model will read and write, and a little English beside it."""
-    yield from [_ROLES + _ENGLISH] * 5
+    """What the model will read and write, after the names of those who speak, and a little English beside it."""
+    yield from [_ENGLISH] * 5
     for example in itertools.islice(training(0, 0), examples):
-        yield example.question
-        yield example.answer
+        yield f"user\n\n{example.question}"
+        yield f"assistant\n\n{example.answer}"
 
 
 def build() -> Tokenizer:

@@ -1,0 +1,56 @@
+"""The pictures that ship with the package: `python -m mllama_jax.train.pictures.demo` draws them anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mllama_jax.train.pictures.example import Example
+from mllama_jax.train.pictures.stream import sample
+
+PICTURES = Path(__file__).parents[2] / "assets" / "pictures"
+
+# By file name: the family, the number of the seed that drew a pretty one, and questions with their answers.
+_CHOSEN = {
+    "scene.png": (
+        "scenes",
+        25,
+        {"How many hearts are there?": "3", "What colour is the star?": "pink", "Where is the ring?": "top left"},
+    ),
+    "chart.png": (
+        "charts",
+        23,
+        {"What is the value of coal?": "75", "Which bar is the largest?": "car", "Is rain larger than oil?": "no"},
+    ),
+    "sign.png": ("text", 3272, {"What does the sign say?": "Cafe 8", "What number is written?": "8"}),
+}
+_DEMO = 2  # the first word of these seeds, which neither training nor the held-out split has
+
+
+def examples() -> dict[str, list[Example]]:
+    """The examples of each picture, by its file name."""
+    found = {}
+    for name, (family, number, questions) in _CHOSEN.items():
+        drawn = sample(family, np.random.default_rng([_DEMO, number]))
+        found[name] = [
+            dataclasses.replace(drawn, question=question, answer=answer, boxes=())
+            for question, answer in questions.items()
+        ]
+    return found
+
+
+def write(directory: Path = PICTURES) -> None:
+    """Draw the pictures into `directory`, and beside them questions.json: by file name, questions and answers."""
+    directory.mkdir(parents=True, exist_ok=True)
+    questions = {}
+    for name, about in examples().items():
+        about[0].images[0].save(directory / name, optimize=True)
+        questions[name] = [{"question": example.question, "answer": example.answer} for example in about]
+    (directory / "questions.json").write_text(json.dumps(questions, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    write()
