@@ -23,18 +23,26 @@ LENGTH = 160  # text positions a row
 TILES_A_ROW = 8  # two pictures of four tiles
 
 
-def answer_labels(
-    messages: Sequence[Mapping], tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[list[int], list[int]]:
-    """The ids of a conversation that ends with an answer, and for each the next id where an assistant makes it."""
+def answer_labels(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """For each token of a conversation the next one where the assistant makes it (its answers and their ends)."""
+    header = tokenizer.encode("<|start_header_id|>assistant<|end_header_id|>\n\n", specials=True)
+    end = tokenizer.special("<|eot_id|>")
+    labels, answering = [IGNORED] * len(tokens), False
+    for i, token in enumerate(tokens):
+        answering = (answering and token != end) or list(tokens[i + 1 - len(header) : i + 1]) == header
+        if answering and i + 1 < len(tokens):
+            labels[i] = tokens[i + 1]
+    return labels
+
+
+def _tokens(row: Sequence[Example], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """The ids of a conversation about one example's pictures, without the last questions where LENGTH is too short."""
+    messages = conversation(row[0])
+    for example in row[1:]:
+        messages.append({"role": "user", "content": example.question})
+        messages.append({"role": "assistant", "content": example.answer})
     tokens = encode_conversation(messages, tokenizer, template, add_generation_prompt=False).tokens
-    labels = [IGNORED] * len(tokens)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start = len(encode_conversation(messages[:i], tokenizer, template).tokens)
-            end = len(encode_conversation(messages[: i + 1], tokenizer, template, add_generation_prompt=False).tokens)
-            labels[start - 1 : end - 1] = tokens[start:end]
-    return tokens, labels
+    return tokens if len(tokens) <= LENGTH else _tokens(row[:-1], tokenizer, template)
 
 
 def make_batch(
@@ -52,15 +60,9 @@ def make_batch(
     ratio_ids = np.zeros(pictures, np.int32)
     first = 0
     for b, row in enumerate(rows):
-        messages = conversation(row[0])
-        row_tokens, row_labels = answer_labels(messages, tokenizer, template)
-        for example in row[1:]:
-            turns = [{"role": "user", "content": example.question}, {"role": "assistant", "content": example.answer}]
-            longer = answer_labels(messages + turns, tokenizer, template)
-            if len(longer[0]) > LENGTH:
-                break
-            messages, (row_tokens, row_labels) = messages + turns, longer
-        tokens[b, : len(row_tokens)], labels[b, : len(row_labels)] = row_tokens, row_labels
+        row_tokens = _tokens(row, tokenizer, template)
+        tokens[b, : len(row_tokens)] = row_tokens
+        labels[b, : len(row_tokens)] = answer_labels(row_tokens, tokenizer)
         kept: list[tuple[int, int, int]] = []
         seen = image_spans(row_tokens, config.image_token)
         for i, (image, (start, end)) in enumerate(zip(row[0].images, seen, strict=True), first):

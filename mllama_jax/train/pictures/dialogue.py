@@ -6,15 +6,15 @@ import dataclasses
 
 import numpy as np
 
-from mllama_jax.train.pictures import charts, scenes
+from mllama_jax.train.pictures import charts, scenes, text
 from mllama_jax.train.pictures.canvas import pick
 from mllama_jax.train.pictures.example import Example
 
 
 def follow_ups(example: Example, count: int, rng: np.random.Generator) -> list[Example]:
-    """Up to `count` more questions about the pictures of a scene or chart; none for the other families."""
-    kinds = {"scenes": scenes.KINDS, "charts": charts.KINDS}.get(example.family)
+    """Up to `count` more questions about a single picture; none about pairs."""
+    kinds = {"scenes": scenes.KINDS, "charts": charts.KINDS, "text": text.KINDS}.get(example.family)
     if kinds is None:
         return []
     asked = [kinds[pick(rng, tuple(kinds))](example.contents[0], rng) for _ in range(count)]
-    return [dataclasses.replace(example, question=a[0], answer=a[1], boxes=()) for a in asked if a is not None]
+    return [dataclasses.replace(example, question=a.question, answer=a.answer) for a in asked if a is not None]

@@ -7,7 +7,7 @@ cross-attention layers), trained from nothing on pictures drawn as it goes.
 from __future__ import annotations
 
 import argparse
-import time
+import itertools
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 from mllama_jax.convert.export import write_hf
+from mllama_jax.loading import load
 from mllama_jax.model.mllama import MllamaModel, Params, init_parameters
 from mllama_jax.train.pictures import tokenizer
 from mllama_jax.train.pictures.batches import batches
@@ -53,39 +54,36 @@ def start(key: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(open_gate, tie_tiles(init_parameters(CONFIG, key)))
 
 
-def train(out: Path, seconds: float, peak: float, seed: int, workers: int, expected_steps: int) -> None:
-    """Train for so many seconds; the learning rate falls to zero with the time. Leaves a checkpoint in `out`."""
+def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, workers: int) -> None:
+    """Train for so many steps, from nothing or from the checkpoint `begin`; leaves a checkpoint in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.write(out)
     model = MllamaModel(CONFIG, jnp.dtype("bfloat16"))
-    schedule = optax.warmup_cosine_decay_schedule(0, peak, 500, expected_steps, peak / 100)
+    schedule = optax.warmup_cosine_decay_schedule(0, peak, min(500, steps // 10), steps, peak / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
-    params = start(jax.random.key(seed))
+    params = load(begin, dtype="float32").params if begin else start(jax.random.key(seed))
     state = optimizer.init(params)
     step = train_step(model, optimizer)
-    begin, recent = time.monotonic(), []
-    with tqdm(batches(seed, ROWS, CONFIG, str(out), workers), total=expected_steps, mininterval=5) as progress:
-        for i, batch in enumerate(progress, start=1):
-            params, state, loss = step(params, state, batch)
-            recent.append(loss)
-            if i % 200 == 0:
-                tqdm.write(f"{i} {time.monotonic() - begin:.0f} s loss {np.mean(np.array(recent)):.4f}")
-                recent = []
-            if i >= expected_steps or time.monotonic() - begin > seconds:
-                break
+    drawn = itertools.islice(batches(seed, ROWS, CONFIG, str(out), workers), steps)
+    losses: list[jax.Array] = []
+    for batch in (progress := tqdm(drawn, total=steps, mininterval=5)):
+        params, state, loss = step(params, state, batch)
+        losses.append(loss)
+        if len(losses) % 250 == 0:
+            progress.write(f"step {len(losses)}: loss {np.mean(np.array(losses[-250:])):.4f}")
     write_hf(out, params, CONFIG, np.dtype(jnp.bfloat16))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--begin", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time at the latest")
     parser.add_argument("--peak", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="processes that draw pictures")
     args = parser.parse_args()
-    train(args.out, args.seconds, args.peak, args.seed, args.workers, args.steps)
+    train(args.out, args.begin, args.steps, args.peak, args.seed, args.workers)
 
 
 if __name__ == "__main__":
