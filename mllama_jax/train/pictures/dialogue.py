@@ -17,4 +17,8 @@ def follow_ups(example: Example, count: int, rng: np.random.Generator) -> list[E
     if kinds is None:
         return []
     asked = [kinds[pick(rng, tuple(kinds))](example.contents[0], rng) for _ in range(count)]
-    return [dataclasses.replace(example, question=a.question, answer=a.answer) for a in asked if a is not None]
+    return [
+        dataclasses.replace(example, question=each.question, answer=each.answer, boxes=each.boxes)
+        for each in asked
+        if each is not None
+    ]
