@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mllama_jax
+from mllama_jax.model.mllama import call
 from tests.parity import (
     CASES,
     GOLDENS,
@@ -86,7 +87,8 @@ def test_layers(subject: Subject) -> None:
 def test_image_keys_and_values(subject: Subject) -> None:
     images, model = subject.case.images, subject.model
     features = present(np.asarray(model.encode_images(images)), images)
-    caches = model.model.apply({"params": model.params}, features, method=lambda module, x: module.text.keys_values(x))
+    spans = np.zeros((*features.shape[:2], 2), np.int32)  # who sees the tiles does not matter here
+    caches = call(model.model, model.params, "keys_values", features, spans).layers
     ours = {}
     for layer, cache in zip(model.config.text.cross_layers, caches, strict=True):
         for name, array in (("keys", cache.k), ("values", cache.v)):

@@ -151,7 +151,7 @@ def write_meta_release(
     directory: Path, params: Mapping[str, Any], weights: Mapping[str, Array], shards: int = 1
 ) -> Path:
     """Write consolidated.NN.pth and params.json as Meta releases them, split over `shards` model-parallel ranks."""
-    from mllama_jax.convert.pth import write_pth
+    from mllama_jax.convert.pth import write_pth  # here, not above: old transformers' environment has no JAX
     from mllama_jax.convert.sources import meta_split
 
     directory.mkdir(parents=True, exist_ok=True)
