@@ -73,7 +73,7 @@ def _stage(what: str) -> Iterator[None]:
     print(f"\r{what}: {time.monotonic() - start:.1f} s", file=sys.stderr)
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache directory, so that only the first run of a model compiles."""
     import jax
 
@@ -102,7 +102,7 @@ def _generate(args: argparse.Namespace) -> None:
 
         from mllama_jax import load
 
-        _use_compilation_cache()
+        use_compilation_cache()
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with _stage(f"loading {args.model}"):
         model = load(args.model, dtype=dtype)

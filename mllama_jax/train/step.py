@@ -89,15 +89,16 @@ for _i, (_h, _w) in enumerate(ASPECT_RATIOS, start=1):
     _CELLS[_i, : _h * _w] = [4 * y + x for y in range(_h) for x in range(_w)]
 
 
-def tie_tiles(tree: Params) -> Params:
+def tie_tiles(tree: Params, *, average: bool = False) -> Params:
     """Sum what belongs to one cell of Meta's tile grid over the aspect ratios that have it, and give it to all of them.
 
-    Applied to a start and to every gradient, it keeps the tables such that they can be written in Meta's layout.
+    Applied to every gradient (and `average` to a start), it keeps the tables such that Meta's layout can hold them.
     """
+    count = np.maximum(np.bincount(_CELLS.ravel(), minlength=17), 1) if average else np.ones(17)
 
     def tie(table: jax.Array) -> jax.Array:
-        cells = jnp.zeros((17, *table.shape[2:]), table.dtype).at[_CELLS].add(table)
-        return cells.at[16].set(0)[_CELLS]
+        cells = jnp.zeros((17, *table.shape[2:]), table.dtype).at[_CELLS].add(table).at[16].set(0)
+        return (cells / count.reshape(-1, *(1,) * (table.ndim - 2)).astype(table.dtype))[_CELLS]
 
     def visit(path: tuple, leaf: jax.Array) -> jax.Array:
         return tie(leaf) if path[-1].key in ("table", "tiles") else leaf

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import multiprocessing
-import queue
-import threading
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.model.vision import TILES
-from mllama_jax.processing.chat import ChatTemplate, encode_conversation, image_spans
+from mllama_jax.processing.chat import ChatTemplate, encode_conversation, image_spans, load_template
 from mllama_jax.processing.image import split_tiles
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.train.pictures.dialogue import follow_ups
+from mllama_jax.train.pictures.dialogue import dialogue
 from mllama_jax.train.pictures.example import Example, conversation
 from mllama_jax.train.pictures.stream import sample
 from mllama_jax.train.step import IGNORED, Batch
 
-LENGTH = 160  # text positions a row
+LENGTH = 192  # text positions a row
 TILES_A_ROW = 8  # two pictures of four tiles
 
 
@@ -82,38 +84,53 @@ def draw_batch(
     tokenizer: Tokenizer,
     template: ChatTemplate,
 ) -> Batch:
-    """A batch of so many rows of each family, each about a new picture, with up to three further questions about it."""
+    """A batch of so many rows of each family, each a dialogue about a new picture."""
     drawn = []
     for family, count in rows.items():
         for _ in range(count):
-            example = sample(family, rng)
-            drawn.append([example, *follow_ups(example, int(rng.integers(4)), rng)])
+            drawn.append(dialogue(sample(family, rng), rng))
     return make_batch(drawn, config, tokenizer, template)
 
 
-def _work(
-    seed: int, worker: int, rows: Mapping[str, int], config: MllamaConfig, directory: str, out: multiprocessing.Queue
-) -> None:
-    from mllama_jax.processing.chat import load_template
-
-    tokenizer, template = Tokenizer.from_directory(directory), load_template(directory)
-    rng = np.random.default_rng([0, seed, worker])
-    while True:
-        out.put(draw_batch(rng, rows, config, tokenizer, template))
-
-
-def batches(seed: int, rows: Mapping[str, int], config: MllamaConfig, directory: str, workers: int) -> Iterator[Batch]:
+def batches(seed: int, rows: Mapping[str, int], config: MllamaConfig, directory: Path, workers: int) -> Iterator[Batch]:
     """An endless stream of batches from `workers` processes; `directory` holds the tokenizer."""
     context = multiprocessing.get_context("spawn")
-    ready: multiprocessing.Queue = context.Queue(2 * workers)
-    for worker in range(workers):
-        context.Process(target=_work, args=(seed, worker, rows, config, directory, ready), daemon=True).start()
-    ahead: queue.Queue = queue.Queue(4)
+    ready: multiprocessing.Queue[tuple[Path, Batch]] = context.Queue(2 * workers)
+    # Pixels travel in files, in memory where there is such a place: a pipe moves them too slowly.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+        processes = [
+            context.Process(
+                target=_work, args=(seed, worker, rows, config, directory, Path(scratch), ready), daemon=True
+            )
+            for worker in range(workers)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            while True:
+                path, batch = ready.get()
+                pixels = np.load(path)
+                path.unlink()
+                yield dataclasses.replace(batch, pixels=pixels)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
-    def unpack() -> None:
-        while True:
-            ahead.put(ready.get())
 
-    threading.Thread(target=unpack, daemon=True).start()
-    while True:
-        yield ahead.get()
+def _work(
+    seed: int,
+    worker: int,
+    rows: Mapping[str, int],
+    config: MllamaConfig,
+    directory: Path,
+    scratch: Path,
+    ready: multiprocessing.Queue[tuple[Path, Batch]],
+) -> None:
+    tokenizer, template = Tokenizer.from_directory(directory), load_template(directory)
+    rng = np.random.default_rng([0, seed, worker])
+    for n in itertools.count():
+        batch = draw_batch(rng, rows, config, tokenizer, template)
+        path = scratch / f"{worker}-{n}.npy"
+        np.save(path, batch.pixels)
+        ready.put((path, dataclasses.replace(batch, pixels=np.zeros(0, np.uint8))))

@@ -41,17 +41,22 @@ CONFIG = MllamaConfig(
     pad=tokenizer.MERGED + 4,
     stops=tuple(tokenizer.MERGED + i for i in (1, 8, 9)),
 )
-ROWS = {"scenes": 96, "charts": 80, "text": 64, "pairs": 24}  # of each family in a batch
+ROWS = {"scenes": 32, "charts": 28, "text": 28, "pairs": 8}  # of each family in a batch
 GATE = 0.7  # what gates start from: zero, as when an adapter joins a finished decoder, would keep the pictures out
+POSITION = 0.5  # the size of position embeddings at the start, beside patches of size 1
 
 
-def start(key: jax.Array) -> Params:
-    """Random parameters with open gates and tables that Meta's layout can hold."""
+def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
+    """Random parameters with open gates, plain positions, and tables that Meta's layout can hold."""
 
-    def open_gate(path: tuple, leaf: jax.Array) -> jax.Array:
-        return jnp.full_like(leaf, GATE) if path[-1].key.endswith("gate") else leaf
+    def adjust(path: tuple, leaf: jax.Array) -> jax.Array:
+        if path[-1].key.endswith("gate"):
+            return jnp.full_like(leaf, GATE)
+        if path[-1].key in ("position", "tiles", "table"):
+            return leaf * (POSITION / leaf.std())
+        return leaf
 
-    return jax.tree_util.tree_map_with_path(open_gate, tie_tiles(init_parameters(CONFIG, key)))
+    return tie_tiles(jax.tree_util.tree_map_with_path(adjust, init_parameters(config, key)), average=True)
 
 
 def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, workers: int) -> None:
@@ -61,10 +66,10 @@ def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, wor
     model = MllamaModel(CONFIG, jnp.dtype("bfloat16"))
     schedule = optax.warmup_cosine_decay_schedule(0, peak, min(500, steps // 10), steps, peak / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
-    params = load(begin, dtype="float32").params if begin else start(jax.random.key(seed))
+    params = load(begin, dtype="float32").params if begin else jax.jit(start)(jax.random.key(seed))
     state = optimizer.init(params)
     step = train_step(model, optimizer)
-    drawn = itertools.islice(batches(seed, ROWS, CONFIG, str(out), workers), steps)
+    drawn = itertools.islice(batches(seed, ROWS, CONFIG, out, workers), steps)
     losses: list[jax.Array] = []
     for batch in (progress := tqdm(drawn, total=steps, mininterval=5)):
         params, state, loss = step(params, state, batch)

@@ -1,0 +1,193 @@
+"""Generation: ragged batches, sampling, stopping, buckets, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllama_jax import Mllama, SamplingParams
+from mllama_jax.errors import InputError
+from mllama_jax.generate import decode
+from mllama_jax.generate.batch import bucket
+from mllama_jax.generate.sampling import Settings, kept, sample
+
+IMAGE = 768
+Draw = Callable[..., Image.Image]
+
+
+def rows(picture: Draw) -> tuple[list[list[int]], list[list[Image.Image]]]:
+    """Text only, one picture, two apart, two together after text."""
+    tokens = [
+        [512, 5, 6, 7],
+        [512, IMAGE, 9, 10, 11, 12],
+        [512, IMAGE, 3, IMAGE, 4],
+        [512, 20, 21, IMAGE, IMAGE, 22, 23],
+    ]
+    images = [[], [picture(1)], [picture(2, 50, 50), picture(3, 200, 40)], [picture(4, 30, 130), picture(5, 56, 56)]]
+    return tokens, images
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(small: Mllama, picture: Draw) -> None:
+    tokens, images = rows(picture)
+    together = small.generate_tokens(tokens, images, max_new_tokens=12, stop_ids=())
+    order = [2, 0, 3, 1]
+    shuffled = small.generate_tokens(
+        [tokens[i] for i in order], [images[i] for i in order], max_new_tokens=12, stop_ids=()
+    )
+    assert [together[i] for i in order] == shuffled
+    for row, pictures, made in zip(tokens, images, together, strict=True):
+        assert small.generate_tokens([row], [pictures], max_new_tokens=12, stop_ids=()) == [made]
+
+
+def test_decoding_through_the_cache_is_reading_it_all_again(small: Mllama, picture: Draw) -> None:
+    tokens, images = rows(picture)
+    for row, pictures in zip(tokens, images, strict=True):
+        (made,) = small.generate_tokens([row], [pictures], max_new_tokens=8, stop_ids=())
+        logits = small.logits([row + made], [pictures])[0]
+        assert logits[len(row) - 1 : -1].argmax(-1).tolist() == made
+
+
+def test_sampled_rows_depend_on_their_seed_alone(small: Mllama, picture: Draw) -> None:
+    tokens, images = rows(picture)
+    settings: dict[str, Any] = {"max_new_tokens": 16, "temperature": 1.5, "stop_ids": ()}
+    first = small.generate_tokens(tokens, images, seed=1, **settings)
+    assert first == small.generate_tokens(tokens, images, seed=1, **settings)
+    assert first != small.generate_tokens(tokens, images, seed=2, **settings)
+    assert small.generate_tokens(tokens[2:3], images[2:3], seed=1, **settings) == first[2:3]
+
+
+def test_a_stop_token_ends_its_row_and_no_other(small: Mllama, picture: Draw) -> None:
+    tokens, images = rows(picture)
+    free = small.generate_tokens(tokens, images, max_new_tokens=40, stop_ids=())
+    stop = free[1][5]
+    stopped = small.generate_tokens(tokens, images, max_new_tokens=40, stop_ids=(stop,))
+    for full, cut in zip(free, stopped, strict=True):
+        end = full.index(stop) + 1 if stop in full else len(full)
+        assert cut == full[:end]
+
+
+def test_decode_leaves_early(small: Mllama) -> None:
+    """Once every row is done no further step is run: the block says how many columns it made."""
+    settings = Settings.of([SamplingParams(max_new_tokens=4)])
+    stops = jnp.full((1, 1), -1)
+    tokens = jnp.full((1, 16), 5)
+    state, _ = decode.prefill(small.model, small.params, tokens, jnp.array([3]), None, settings, stops, length=64)
+    _, _, _, made = decode.decode(small.model, small.params, state, None, settings, stops, steps=32)
+    assert int(made) == 3
+
+
+def test_the_cache_is_updated_in_place(small: Mllama) -> None:
+    settings, stops = Settings.of([SamplingParams(max_new_tokens=4)]), jnp.full((1, 1), -1)
+    state, _ = decode.prefill(
+        small.model, small.params, jnp.full((1, 16), 5), jnp.array([3]), None, settings, stops, length=64
+    )
+    compiled = decode.decode.lower(small.model, small.params, state, None, settings, stops, steps=32).compile()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache
+    decode.decode(small.model, small.params, state, None, settings, stops, steps=32)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
+
+
+def test_a_second_prompt_of_similar_length_compiles_nothing(small: Mllama, picture: Draw) -> None:
+    small.generate_tokens([[512, IMAGE, *range(20)]], [[picture(1, 50, 50)]], max_new_tokens=8)
+    programs = (decode.encode, decode.keys_values, decode.prefill, decode.decode)
+    before = [program._cache_size() for program in programs]
+    small.generate_tokens([[512, IMAGE, *range(22)]], [[picture(2, 40, 56)]], max_new_tokens=9)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_buckets() -> None:
+    sizes = [bucket(n) for n in range(1, 200)]
+    assert all(size >= n for n, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert bucket(5, 16) == 16
+
+
+def test_greedy_draws_no_random_number() -> None:
+    logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 2.5]])
+    settings = [Settings.of([SamplingParams(seed=seed)] * 2) for seed in (0, 1)]
+    for each in settings:
+        assert sample(logits, each, jnp.zeros(2, jnp.int32)).tolist() == [1, 2]
+
+
+def settings_of(n: int, **values: Any) -> Settings:
+    return Settings.of([SamplingParams(seed=seed, **values) for seed in range(n)])
+
+
+def test_samples_follow_the_distribution() -> None:
+    n, logits = 20000, np.array([1.0, 0.0, -1.0, 2.0, 0.5])
+    settings = settings_of(n, temperature=0.7)
+    drawn = sample(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, 5)), settings, jnp.zeros(n, jnp.int32))
+    expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum() * n
+    chi_square = ((np.bincount(np.asarray(drawn), minlength=5) - expected) ** 2 / expected).sum()
+    assert chi_square < 18.47  # p = 0.001 at 4 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"top_k": 2}, [1, 1, 0, 0]),
+        ({"top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.6}, [1, 1, 0, 0]),
+        ({"top_p": 1e-9}, [1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.6}, [1, 1, 0, 0]),
+        ({}, [1, 1, 1, 1]),
+    ],
+)
+def test_what_top_k_and_top_p_keep(values: dict, expected: list[int]) -> None:
+    ranked = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    assert kept(ranked, settings_of(1, temperature=1.0, **values)).astype(int).tolist() == [expected]
+
+
+def test_streamed_pieces_add_up(small: Mllama, picture: Draw) -> None:
+    conversation = [
+        {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "What is it?"}]}
+    ]
+    (whole,) = small.generate([conversation], max_new_tokens=40)
+    pieces = list(small.stream(conversation, max_new_tokens=40))
+    assert "".join(pieces) == whole.text
+    assert len(whole.tokens) == len(whole.logprobs) == 40
+    assert whole.finish_reason == "length"
+    assert len(pieces) > 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", -0.1, "temperature must be at least 0, got -0.1"),
+        ("temperature", float("nan"), "temperature must be a finite number, got nan"),
+        ("temperature", "hot", "temperature must be a finite number, got 'hot'"),
+        ("top_p", 0.0, "top_p must be above 0 and at most 1, got 0.0"),
+        ("top_p", float("inf"), "top_p must be a finite number, got inf"),
+        ("top_k", -1, "top_k must be at least 0, got -1"),
+        ("top_k", 1.5, "top_k must be an integer, got 1.5"),
+        ("max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
+        ("seed", -1, "seed must be at least 0, got -1"),
+        ("seed", 2**32, r"seed must be below 2\*\*32"),
+    ],
+)
+def test_bad_settings(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplingParams(**{field: value})
+
+
+def test_bad_rows(small: Mllama, picture: Draw) -> None:
+    one = picture(1)
+    for tokens, images, message in (
+        ([], [], "no rows"),
+        ([[]], [[]], "row 0: no tokens"),
+        ([[512, 5]], [], "1 rows of tokens but 0 rows of images"),
+        ([[512, 5]], [[one]], "row 0: 0 image tokens but 1 pictures"),
+        ([[512], [512, IMAGE, IMAGE]], [[], [one]], "row 1: 2 image tokens but 1 pictures"),
+        ([[512, 769]], [[]], "row 0: token 769 is outside the vocabulary of 769 ids"),
+        ([[512, -1]], [[]], "row 0: token -1 is outside"),
+        ([[512] * 500], [[]], "row 0: 500 prompt tokens and 20 new ones exceed the context of 512"),
+    ):
+        with pytest.raises(InputError, match=message):
+            small.generate_tokens(tokens, images, max_new_tokens=20)
