@@ -37,14 +37,32 @@ def build(params: Mapping[str, Any], weights: Mapping[str, Array]) -> meta.Cross
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         model_parallel.initialize_model_parallel(1)
-    width = weights["vision_model.vision_encoder.class_embedding"].size
-    # Meta's code fixes the vision width at 1280: give the encoder the toy's, and the projection that fits it.
-    with mock.patch.object(meta, "VisionEncoder", functools.partial(meta.VisionEncoder, width=width)):
-        model = meta.CrossAttentionTransformer(ModelArgs(**params, max_batch_size=8, max_seq_len=64))
+    # Meta's code fixes the encoder's sizes: give it those of the weights, and the projection that fits them.
+    encoder, sizes = meta.VisionEncoder, _encoder_sizes(params, weights)
+    with mock.patch.object(meta, "VisionEncoder", lambda **given: encoder(**given | sizes)):
+        model = meta.CrossAttentionTransformer(ModelArgs(**params, max_batch_size=8, max_seq_len=128))
     features = weights["vision_model.vision_projection.weight"].shape[1]
     model.vision_model.vision_projection = meta.ColumnParallelLinear(features, params["dim"], init_method=lambda x: x)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=True)
     return model.eval()
+
+
+def _encoder_sizes(params: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[str, Any]:
+    """The vision encoder's arguments that Meta's params.json leaves out; see `mllama_jax.MllamaConfig.from_meta`."""
+    prefix = "vision_model.vision_encoder."
+
+    def blocks(kind: str) -> int:
+        start = f"{prefix}{kind}.resblocks."
+        return len({name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)})
+
+    vision = params.get("vision", {})
+    return {
+        "width": weights[f"{prefix}class_embedding"].size,
+        "heads": vision.get("heads", 16),
+        "layers": blocks("transformer"),
+        "n_global_layers": blocks("global_transformer"),
+        "return_intermediate": vision.get("taps", [3, 7, 15, 23, 30]),
+    }
 
 
 @torch.no_grad()
@@ -54,14 +72,15 @@ def run(case: Case) -> dict[str, Array]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)  # Meta's code calls it
         if not case.ragged:
-            return _run_rows(model, np.stack(tokens), images)
-        rows = [_run_rows(model, own[None], [pictures]) for own, pictures in zip(tokens, images, strict=True)]
+            return run_rows(model, np.stack(tokens), images)
+        rows = [run_rows(model, own[None], [pictures]) for own, pictures in zip(tokens, images, strict=True)]
     return {
         name: np.concatenate([row[name] for row in rows if name in row]) for name in ("features", "logits", "greedy")
     }
 
 
-def _run_rows(model: meta.CrossAttentionTransformer, tokens: Array, images: list[list[Any]]) -> dict[str, Array]:
+@torch.no_grad()
+def run_rows(model: meta.CrossAttentionTransformer, tokens: Array, images: list[list[Any]]) -> dict[str, Array]:
     """The arrays of equally long rows: tokens [B, T]."""
     (rows, length), text = tokens.shape, model.text_model
     total, text_only = length + GREEDY, not any(images)

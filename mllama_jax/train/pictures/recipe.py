@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from importlib import resources
 from pathlib import Path
 
 import jax
@@ -63,6 +64,8 @@ def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, wor
     """Train for so many steps, from nothing or from the checkpoint `begin`; leaves a checkpoint in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.write(out)
+    template = resources.files("mllama_jax.processing").joinpath("chat_template.jinja")
+    (out / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     model = MllamaModel(CONFIG, jnp.dtype("bfloat16"))
     schedule = optax.warmup_cosine_decay_schedule(0, peak, min(500, steps // 10), steps, peak / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))

@@ -1,0 +1,38 @@
+"""Meta's own code, given the weights that ship in Meta's layout, says the same tokens as we do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mllama_jax
+from mllama_jax.cli import SHIPPED
+from mllama_jax.convert.export import write_meta
+from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.train.pictures import FAMILIES, conversation, held_out
+from tests.parity import GREEDY
+
+pytestmark = pytest.mark.oracle
+pytest.importorskip("torch")
+
+EACH = 10
+
+
+def test_metas_code_says_the_same_tokens(tmp_path: Path) -> None:
+    from tests.oracle.meta import build, run_rows
+
+    ours = mllama_jax.load(SHIPPED, dtype="float32")
+    write_meta(tmp_path, ours.params, ours.config, np.dtype("float32"))
+    params = json.loads((tmp_path / "params.json").read_text())
+    release = open_checkpoint(tmp_path)
+    theirs = build(params, {name: release.parts(name)[0].copy() for name in release.names()})
+    prompts = [ours.prompt(conversation(example)[:1]) for family in FAMILIES for example in held_out(family, EACH)]
+    made = ours.generate_tokens(
+        [prompt.tokens for prompt in prompts], [prompt.images for prompt in prompts], max_new_tokens=GREEDY
+    )
+    for prompt, tokens in zip(prompts, made, strict=True):
+        meta = run_rows(theirs, np.array([prompt.tokens]), [prompt.images])["greedy"][0].tolist()
+        assert meta[: len(tokens)] == tokens
