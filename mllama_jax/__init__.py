@@ -1,7 +1,8 @@
 """Llama 3.2 Vision in JAX and Flax."""
 
-from mllama_jax.api import Completion, Mllama
+from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
+from mllama_jax.generate.answer import Completion
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.loading import load
 

@@ -15,38 +15,21 @@ from PIL import Image
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
+from mllama_jax.generate.answer import Answer, Completion
 from mllama_jax.generate.batch import Rows, bucket, make_rows
+from mllama_jax.generate.decode import Made
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
 from mllama_jax.processing.image import preprocess
-from mllama_jax.processing.tokenizer import TextStream, Tokenizer
+from mllama_jax.processing.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
 Images = Sequence[Sequence[Image.Image]]
 
 STEPS = 32  # tokens made in one dispatch
 ENCODE_AT_ONCE = 8  # pictures encoded in one dispatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One answer.
-
-    Attributes:
-        text: the answer without special tokens.
-        tokens: its ids, the stop token included.
-        logprobs: the log-probability of each of them.
-        finish_reason: "stop" (a stop token) or "length" (max_new_tokens).
-        prompt_tokens: how many ids were read.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    prompt_tokens: int
 
 
 @dataclasses.dataclass
@@ -85,7 +68,7 @@ class Mllama:
 
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> np.ndarray:
         """Logits float32 [B, T, V] of every position of tokens int [B, T]."""
-        rows, cross = self._prepare(_lists(tokens), images)
+        rows, cross = self._prepare(*_rows(tokens, images))
         logits = decode.all_logits(self.model, self.params, jnp.asarray(rows.tokens), cross)
         return np.asarray(logits)[:, : int(rows.lengths.max())]
 
@@ -95,7 +78,7 @@ class Mllama:
         `vision/...` are [I, C, N, width] over the pictures of all rows in order, padding tokens left out; `text/...`
         are [B, T, D]. `text/layer_i` counts cross-attention layers too.
         """
-        rows, cross = self._prepare(_lists(tokens), images)
+        rows, cross = self._prepare(*_rows(tokens, images))
         found = decode.text_intermediates(self.model, self.params, rows.tokens, cross)
         found = {name: value[:, : int(rows.lengths.max())] for name, value in found.items()}
         if rows.pixels is not None:
@@ -103,35 +86,53 @@ class Mllama:
         return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
     def generate_tokens(
-        self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images, **sampling: Any
+        self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images, **settings: Any
     ) -> list[list[int]]:
         """Continue rows of ids; returns the new ids of each, a stop token included. Settings as in `SamplingParams`."""
-        return [made for made, _ in self._complete(_lists(tokens), images, SamplingParams(**sampling))]
+        params = SamplingParams(**settings)
+        prompts = [Prompt(row, list(own)) for row, own in zip(*_rows(tokens, images), strict=True)]
+        return [answer.tokens for answer in self._answers(prompts, [params] * len(prompts))]
 
     # ---- in words -------------------------------------------------------------------------------------------------
 
-    def generate(self, conversations: Sequence[Conversation], **sampling: Any) -> list[Completion]:
+    def generate(
+        self, conversations: Sequence[Conversation], params: Sequence[SamplingParams] | None = None, **settings: Any
+    ) -> list[Completion]:
         """Answer conversations: lists of {"role", "content"} with parts {"type": "text" | "image", ...}.
 
-        Settings as in `SamplingParams`. Raises InputError for a malformed conversation or setting.
-        """
-        params, prompts = SamplingParams(**sampling), [self.prompt(conversation) for conversation in conversations]
-        made = self._complete([p.tokens for p in prompts], [p.images for p in prompts], params)
-        return [
-            self._completion(prompt, *tokens_logprobs, params)
-            for prompt, tokens_logprobs in zip(prompts, made, strict=True)
-        ]
+        Args:
+            params: the settings of each conversation; or give `settings` for all, as in `SamplingParams`.
 
-    def stream(self, conversation: Conversation, **sampling: Any) -> Iterator[str]:
-        """Answer one conversation piece by piece; a piece never ends inside a character."""
-        params, prompt = SamplingParams(**sampling), self.prompt(conversation)
-        text, stops = TextStream(self._tokenizer()), self._stops(params)
-        for columns, _ in self._blocks([prompt.tokens], [prompt.images], params):
-            piece = "".join(text.push(int(token)) for token in columns[0] if token not in stops)
+        Returns:
+            the answers in order, `n` of them for each conversation.
+
+        Raises:
+            InputError: a conversation or setting is malformed.
+        """
+        if params is not None and settings:
+            raise InputError(f"give params or {', '.join(settings)}, not both")
+        params = [SamplingParams(**settings)] * len(conversations) if params is None else params
+        if len(params) != len(conversations):
+            raise InputError(f"params must be as many as conversations, got {len(params)} and {len(conversations)}")
+        tokenizer = self._tokenizer()
+        prompts = [self.prompt(conversation) for conversation in conversations]
+        each = [(prompt, one) for prompt, all_n in zip(prompts, params, strict=True) for one in all_n.each()]
+        answers = self._answers([prompt for prompt, _ in each], [one for _, one in each], tokenizer)
+        return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
+
+    def stream(self, conversation: Conversation, **settings: Any) -> Iterator[str]:
+        """Answer one conversation piece by piece; a piece never ends inside a character or a stop text.
+
+        Closing the iterator ends the work.
+        """
+        params, prompt = SamplingParams(**settings), self.prompt(conversation)
+        if params.n != 1:
+            raise InputError(f"n must be 1 to stream, got {params.n}")
+        (answer,) = self._start([params], self._tokenizer())
+        for block, columns in self._blocks([prompt], [answer]):
+            piece = answer.push(block, 0, columns)
             if piece:
                 yield piece
-        if rest := text.finish():
-            yield rest
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """The token ids and pictures that a conversation becomes."""
@@ -145,16 +146,6 @@ class Mllama:
                 f"{self.directory}: no tokenizer.json or tokenizer.model here; add one, or work in token ids"
             )
         return self.tokenizer
-
-    def _completion(
-        self, prompt: Prompt, tokens: list[int], logprobs: list[float], params: SamplingParams
-    ) -> Completion:
-        stopped = tokens[-1] in self._stops(params)
-        text = self._tokenizer().decode(tokens[:-1] if stopped else tokens)
-        return Completion(text, tokens, logprobs, "stop" if stopped else "length", len(prompt.tokens))
-
-    def _stops(self, params: SamplingParams) -> tuple[int, ...]:
-        return self.config.stops if params.stop_ids is None else params.stop_ids
 
     def _encode(self, pixels: np.ndarray, ratio_ids: np.ndarray) -> jax.Array:
         """Projected features [I, C, N, D] of preprocessed pictures, a few at a time."""
@@ -176,37 +167,46 @@ class Mllama:
         features = jnp.pad(features, ((0, spare), *((0, 0),) * 3))
         return rows, decode.keys_values(self.model, self.params, features, rows.tiles, rows.spans)
 
-    def _blocks(
-        self, tokens: list[list[int]], images: Images, params: SamplingParams
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """New tokens and their log-probabilities, [B, n] at a time, until every row is done."""
-        rows, cross = self._prepare(tokens, images, params.max_new_tokens)
-        settings = Settings.of([params] * len(tokens))
-        stops = jnp.asarray(np.array([self._stops(params) or (-1,)] * len(tokens), np.int32))
-        length = bucket(int(rows.lengths.max()) + params.max_new_tokens, 64)
-        state, logprob = decode.prefill(
-            self.model, self.params, rows.tokens, rows.lengths, cross, settings, stops, length=length
-        )
-        yield np.asarray(state.token)[:, None], np.asarray(logprob)[:, None]
-        while not np.asarray(state.done).all():
-            state, block, logprobs, made = decode.decode(
-                self.model, self.params, state, cross, settings, stops, steps=STEPS
-            )
-            yield np.asarray(block)[:, : int(made)], np.asarray(logprobs)[:, : int(made)]
-
-    def _complete(
-        self, tokens: list[list[int]], images: Images, params: SamplingParams
-    ) -> list[tuple[list[int], list[float]]]:
-        """Each row's new tokens, up to and with its stop token, and their log-probabilities."""
-        blocks = list(self._blocks(tokens, images, params))
-        made = np.concatenate([block for block, _ in blocks], axis=1)
-        logprobs = np.concatenate([logprob for _, logprob in blocks], axis=1)
-        stops, answers = self._stops(params), []
-        for row, row_logprobs in zip(made[:, : params.max_new_tokens].tolist(), logprobs.tolist(), strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-            answers.append((row[:end], row_logprobs[:end]))
+    def _answers(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], tokenizer: Tokenizer | None = None
+    ) -> list[Answer]:
+        """Each prompt's finished answer; text only with a tokenizer."""
+        answers = self._start(params, tokenizer)
+        for block, columns in self._blocks(prompts, answers):
+            for row, answer in enumerate(answers):
+                answer.push(block, row, columns)
         return answers
 
+    def _start(self, params: Sequence[SamplingParams], tokenizer: Tokenizer | None) -> list[Answer]:
+        if tokenizer is None and any(each.stop for each in params):
+            tokenizer = self._tokenizer()
+        return [
+            Answer(each, self.config.stops if each.stop_ids is None else each.stop_ids, tokenizer) for each in params
+        ]
 
-def _lists(tokens: Sequence[Sequence[int]] | np.ndarray) -> list[list[int]]:
-    return [[int(token) for token in row] for row in tokens]
+    def _blocks(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Iterator[tuple[Made, int]]:
+        """Blocks of new tokens on the host and how many of their columns were made, until every answer has ended."""
+        params = [answer.params for answer in answers]
+        longest = max((each.max_new_tokens for each in params), default=0)
+        tokens = [prompt.tokens for prompt in prompts]
+        rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], longest)
+        settings = Settings.of(params, tokens, self.config.stops, self.config.text.vocab)
+        length, top = bucket(int(rows.lengths.max()) + longest, 64), max(each.logprobs for each in params)
+        state, first = decode.prefill(
+            self.model, self.params, rows.tokens, rows.lengths, cross, settings, length=length, top=top
+        )
+        yield jax.tree.map(lambda x: np.asarray(x)[:, None], first), 1
+        while not all(answer.finish_reason for answer in answers):
+            done = np.array([answer.finish_reason is not None for answer in answers])  # by a stop text, which we see
+            state, block, columns = decode.decode(
+                self.model, self.params, state.replace(done=state.done | done), cross, settings, steps=STEPS, top=top
+            )
+            yield jax.device_get(block), int(columns)
+
+
+def _rows(tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> tuple[list[list[int]], Images]:
+    if len(tokens) != len(images):
+        raise InputError(
+            f"{len(tokens)} rows of tokens but {len(images)} rows of images; give one list of images a row"
+        )
+    return [[int(token) for token in row] for row in tokens], images

@@ -27,6 +27,7 @@ class State:
         position: int32 [B], where `token` goes.
         made: int32 [B], tokens made so far.
         done: bool [B], rows that met a stop token or their limit.
+        counts: int32 [B, V], how often each token is in the answer; None where no row has a penalty.
     """
 
     cache: tuple[KVCache, ...]
@@ -34,6 +35,24 @@ class State:
     position: jax.Array
     made: jax.Array
     done: jax.Array
+    counts: jax.Array | None
+
+
+@struct.dataclass
+class Made:
+    """Tokens as they are made: the column of one step [B], or a block of columns [B, steps].
+
+    Attributes:
+        token: int32.
+        logprob: float32, its log-probability under the model, before bias, penalties and temperature.
+        top_tokens: int32 [..., n], the n likeliest ones.
+        top_logprobs: float32 [..., n].
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -87,7 +106,7 @@ def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: Cro
     return call(model, params, "logits", x)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "length"))
+@functools.partial(jax.jit, static_argnames=("model", "length", "top"))
 def prefill(
     model: MllamaModel,
     params: Params,
@@ -95,78 +114,76 @@ def prefill(
     lengths: jax.Array,
     cross: CrossCache | None,
     settings: Settings,
-    stops: jax.Array,
     *,
     length: int,
-) -> tuple[State, jax.Array]:
+    top: int,
+) -> tuple[State, Made]:
     """Read prompts [B, T] of the given lengths [B] into a new cache of `length` positions; make the first tokens.
 
-    Returns the state and the log-probability float32 [B] of each row's token. The padding behind a row's prompt is read
-    too: decode overwrites what it left in the cache before anything can see it.
+    The padding behind a row's prompt is read too: decode overwrites what it left in the cache before anything can see
+    it. `top` is how many of the likeliest tokens to report.
     """
+    rows = tokens.shape[0]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = empty_cache(model.config.text, tokens.shape[0], length, model.dtype)
+    cache = empty_cache(model.config.text, rows, length, model.dtype)
     x, cache = call(model, params, "__call__", tokens, positions, cache, cross)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-    made = jnp.zeros(len(tokens), jnp.int32)
-    return _choose(model, params, last, cache, lengths, made, jnp.zeros(len(tokens), bool), settings, stops)
+    nothing = jnp.zeros(rows, jnp.int32)
+    counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
+    state = State(cache, nothing, lengths, nothing, jnp.zeros(rows, bool), counts)
+    return _choose(model, params, last, state, settings, top)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "steps", "top"), donate_argnames="state")
 def decode(
     model: MllamaModel,
     params: Params,
     state: State,
     cross: CrossCache | None,
     settings: Settings,
-    stops: jax.Array,
     *,
     steps: int,
-) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+    top: int,
+) -> tuple[State, Made, jax.Array]:
     """Make up to `steps` more tokens a row, fewer once all rows are done.
 
-    Args:
-        stops: int32 [B, n], each row's stop tokens, padded with -1.
-
-    Returns:
-        the state; tokens int32 [B, steps]; their log-probabilities float32 [B, steps]; and how many columns were made.
-        A row's entries after its end mean nothing.
+    Returns the state, the block [B, steps] and how many of its columns were made. A row's entries after its end mean
+    nothing.
     """
     rows = state.token.shape[0]
 
     def more(carry: tuple) -> jax.Array:
-        i, state, _, _ = carry
+        i, state, _ = carry
         return (i < steps) & ~state.done.all()
 
     def step(carry: tuple) -> tuple:
-        i, state, tokens, logprobs = carry
+        i, state, block = carry
         x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-        position = jnp.minimum(state.position + 1, cache[0].k.shape[1] - 1)  # a row that is done stays where it is
-        state, logprob = _choose(model, params, x[:, 0], cache, position, state.made, state.done, settings, stops)
-        return i + 1, state, tokens.at[:, i].set(state.token), logprobs.at[:, i].set(logprob)
+        position = jnp.minimum(state.position + 1, cache[0].k.shape[1] - 1)  # a row that is done stays inside
+        state, made = _choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
+        return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 
-    empty = jnp.zeros((rows, steps), jnp.int32)
-    made, state, tokens, logprobs = jax.lax.while_loop(
-        more, step, (jnp.int32(0), state, empty, empty.astype(jnp.float32))
+    block = Made(
+        token=jnp.zeros((rows, steps), jnp.int32),
+        logprob=jnp.zeros((rows, steps)),
+        top_tokens=jnp.zeros((rows, steps, top), jnp.int32),
+        top_logprobs=jnp.zeros((rows, steps, top)),
     )
-    return state, tokens, logprobs, made
+    columns, state, block = jax.lax.while_loop(more, step, (jnp.int32(0), state, block))
+    return state, block, columns
 
 
 def _choose(
-    model: MllamaModel,
-    params: Params,
-    x: jax.Array,
-    cache: tuple[KVCache, ...],
-    position: jax.Array,
-    made: jax.Array,
-    done: jax.Array,
-    settings: Settings,
-    stops: jax.Array,
-) -> tuple[State, jax.Array]:
-    """Hidden states [B, D] -> the state with the next token chosen, and its log-probability."""
+    model: MllamaModel, params: Params, x: jax.Array, state: State, settings: Settings, top: int
+) -> tuple[State, Made]:
+    """Choose the next token of each row from its hidden state [B, D]."""
     logits = call(model, params, "logits", x)
-    token = sample(logits, settings, made)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    made = made + 1
-    done = done | (token[:, None] == stops).any(axis=-1) | (made >= settings.limit)
-    return State(cache, token, position, made, done), logprob
+    token = sample(logits, settings, state.made, state.counts)
+    logprobs = jax.nn.log_softmax(logits)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, top)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    counts = None if state.counts is None else state.counts.at[jnp.arange(len(token)), token].add(1)
+    made = state.made + 1
+    done = state.done | (token[:, None] == settings.stops).any(axis=-1) | (made >= settings.limit)
+    state = State(state.cache, token, state.position, made, done, counts)
+    return state, Made(token, logprob, top_tokens.astype(jnp.int32), top_logprobs)
