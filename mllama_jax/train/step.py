@@ -46,38 +46,37 @@ def normalise(pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
     return (pixels / 255 - MEAN) / STD * real[:, :, None, None, None]
 
 
-def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
-    """Mean cross-entropy over the labels that count."""
+def encode(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
+    """The projected features [I, C, N, D] of the batch's pictures."""
     pixels = normalise(jnp.asarray(batch.pixels), jnp.asarray(batch.ratio_ids))
-    features = call(model, params, "encode", pixels, batch.ratio_ids)
-    features = features.reshape(-1, *features.shape[2:])[batch.tiles]
-    cross = call(model, params, "keys_values", features, batch.spans)
+    return call(model, params, "encode", pixels, batch.ratio_ids)
+
+
+def answer_loss(model: MllamaModel, params: Params, batch: Batch, features: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the labels, given the pictures' features [I, C, N, D]."""
+    cross = call(model, params, "keys_values", features.reshape(-1, *features.shape[2:])[batch.tiles], batch.spans)
     rows, length = batch.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-    x, _ = call(
-        model,
-        params,
-        "__call__",
-        batch.tokens,
-        positions,
-        empty_cache(model.config.text, rows, length, model.dtype),
-        cross,
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        call(model, params, "logits", x), jnp.maximum(batch.labels, 0)
-    )
-    counts = batch.labels != IGNORED
+    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    x, _ = call(model, params, "__call__", batch.tokens, positions, cache, cross)
+    return cross_entropy(call(model, params, "logits", x), batch.labels)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array | np.ndarray) -> jax.Array:
+    """Mean cross-entropy of labels int [...] under logits [..., V], over those that are not IGNORED."""
+    counts = labels != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     return jnp.sum(losses * counts) / jnp.maximum(counts.sum(), 1)
 
 
 def train_step(
-    model: MllamaModel, optimizer: optax.GradientTransformation
+    loss: Callable[[Params, Batch], jax.Array], optimizer: optax.GradientTransformation
 ) -> Callable[[Params, optax.OptState, Batch], tuple[Params, optax.OptState, jax.Array]]:
     """A jitted step (parameters, optimiser state, batch) -> (parameters, state, loss); the first two are donated."""
 
     def step(params: Params, state: optax.OptState, batch: Batch) -> tuple[Params, optax.OptState, jax.Array]:
-        value, gradients = jax.value_and_grad(lambda params: loss(model, params, batch))(params)
-        updates, state = optimizer.update(tie_tiles(gradients), state, params)
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value  # pyright: ignore[reportReturnType]
 
     return jax.jit(step, donate_argnums=(0, 1))

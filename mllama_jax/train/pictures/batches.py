@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import struct
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.model.vision import TILES
@@ -18,11 +20,19 @@ from mllama_jax.processing.image import split_tiles
 from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.train.pictures.dialogue import dialogue
 from mllama_jax.train.pictures.example import Example, conversation
+from mllama_jax.train.pictures.labels import patch_labels
 from mllama_jax.train.pictures.stream import sample
 from mllama_jax.train.step import IGNORED, Batch
 
 LENGTH = 192  # text positions a row
 TILES_A_ROW = 8  # two pictures of four tiles
+
+
+@struct.dataclass
+class PictureBatch(Batch):
+    """A batch and, for each patch of its pictures, int8 [I, C, N - 1, 3], the classes of `patch_labels`."""
+
+    patches: jax.Array | np.ndarray
 
 
 def answer_labels(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
@@ -49,7 +59,7 @@ def _tokens(row: Sequence[Example], tokenizer: Tokenizer, template: ChatTemplate
 
 def make_batch(
     rows: Sequence[Sequence[Example]], config: MllamaConfig, tokenizer: Tokenizer, template: ChatTemplate
-) -> Batch:
+) -> PictureBatch:
     """One row for each run of examples about the same pictures; turns that do not fit LENGTH are left out."""
     vision = config.vision
     assert vision is not None
@@ -60,6 +70,7 @@ def make_batch(
     pictures = sum(len(row[0].images) for row in rows)
     pixels = np.zeros((pictures, vision.max_tiles, 3, vision.tile, vision.tile), np.uint8)
     ratio_ids = np.zeros(pictures, np.int32)
+    patches = np.zeros((pictures, vision.max_tiles, vision.tokens - 1, 3), np.int8)
     first = 0
     for b, row in enumerate(rows):
         row_tokens = _tokens(row, tokenizer, template)
@@ -70,11 +81,12 @@ def make_batch(
         for i, (image, (start, end)) in enumerate(zip(row[0].images, seen, strict=True), first):
             split, ratio_ids[i] = split_tiles(image, vision.tile, vision.max_tiles)
             pixels[i, : len(split)] = split
+            patches[i] = patch_labels(row[0], i - first, vision)
             kept += [(i * vision.max_tiles + tile, start, end) for tile in range(TILES[ratio_ids[i]])]
         tiles[b, : len(kept)] = [tile for tile, _, _ in kept]
         spans[b, : len(kept)] = [span for _, *span in kept]
         first += len(row[0].images)
-    return Batch(tokens, labels, pixels, ratio_ids, tiles, spans)
+    return PictureBatch(tokens, labels, pixels, ratio_ids, tiles, spans, patches)
 
 
 def draw_batch(
@@ -83,7 +95,7 @@ def draw_batch(
     config: MllamaConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-) -> Batch:
+) -> PictureBatch:
     """A batch of so many rows of each family, each a dialogue about a new picture."""
     drawn = []
     for family, count in rows.items():
@@ -92,10 +104,12 @@ def draw_batch(
     return make_batch(drawn, config, tokenizer, template)
 
 
-def batches(seed: int, rows: Mapping[str, int], config: MllamaConfig, directory: Path, workers: int) -> Iterator[Batch]:
+def batches(
+    seed: int, rows: Mapping[str, int], config: MllamaConfig, directory: Path, workers: int
+) -> Iterator[PictureBatch]:
     """An endless stream of batches from `workers` processes; `directory` holds the tokenizer."""
     context = multiprocessing.get_context("spawn")
-    ready: multiprocessing.Queue[tuple[Path, Batch]] = context.Queue(2 * workers)
+    ready: multiprocessing.Queue[tuple[Path, PictureBatch]] = context.Queue(2 * workers)
     # Pixels travel in files, in memory where there is such a place: a pipe moves them too slowly.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         processes = [
@@ -125,7 +139,7 @@ def _work(
     config: MllamaConfig,
     directory: Path,
     scratch: Path,
-    ready: multiprocessing.Queue[tuple[Path, Batch]],
+    ready: multiprocessing.Queue[tuple[Path, PictureBatch]],
 ) -> None:
     tokenizer, template = Tokenizer.from_directory(directory), load_template(directory)
     rng = np.random.default_rng([0, seed, worker])

@@ -7,6 +7,7 @@ cross-attention layers), trained from nothing on pictures drawn as it goes.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from importlib import resources
 from pathlib import Path
@@ -22,8 +23,9 @@ from mllama_jax.convert.export import write_hf
 from mllama_jax.loading import load
 from mllama_jax.model.mllama import MllamaModel, Params, init_parameters
 from mllama_jax.train.pictures import tokenizer
-from mllama_jax.train.pictures.batches import batches
-from mllama_jax.train.step import tie_tiles, train_step
+from mllama_jax.train.pictures.batches import PictureBatch, batches
+from mllama_jax.train.pictures.labels import CLASSES
+from mllama_jax.train.step import Batch, answer_loss, cross_entropy, encode, tie_tiles, train_step
 
 CONFIG = MllamaConfig(
     text=TextConfig(
@@ -44,6 +46,7 @@ CONFIG = MllamaConfig(
 )
 ROWS = {"scenes": 32, "charts": 28, "text": 28, "pairs": 8}  # of each family in a batch
 GATE = 0.7  # what gates start from: zero, as when an adapter joins a finished decoder, would keep the pictures out
+PATCHES = 0.5  # how much the patches' labels weigh beside the answers
 POSITION = 0.5  # the size of position embeddings at the start, beside patches of size 1
 
 
@@ -60,6 +63,19 @@ def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
     return tie_tiles(jax.tree_util.tree_map_with_path(adjust, init_parameters(config, key)), average=True)
 
 
+def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
+    """The answers' cross-entropy and, to teach the encoder where to look, that of what lies at each patch.
+
+    `params` holds the model's and, under "patches", a linear reading of colour, shape and place off the features, which
+    is left behind after training.
+    """
+    assert isinstance(batch, PictureBatch)
+    features = encode(model, params["model"], batch)
+    read = jnp.split(features[:, :, 1:].astype(jnp.float32) @ params["patches"], np.cumsum(CLASSES[:-1]), axis=-1)
+    seen = sum(cross_entropy(logits, batch.patches[..., i]) for i, logits in enumerate(read))
+    return answer_loss(model, params["model"], batch, features) + PATCHES * seen
+
+
 def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, workers: int) -> None:
     """Train for so many steps, from nothing or from the checkpoint `begin`; leaves a checkpoint in `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -68,18 +84,25 @@ def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, wor
     (out / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     model = MllamaModel(CONFIG, jnp.dtype("bfloat16"))
     schedule = optax.warmup_cosine_decay_schedule(0, peak, min(500, steps // 10), steps, peak / 100)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
-    params = load(begin, dtype="float32").params if begin else jax.jit(start)(jax.random.key(seed))
+    optimizer = optax.chain(
+        optax.stateless(lambda gradients, _: tie_tiles(gradients)),  # pyright: ignore[reportArgumentType]
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=0.02),
+    )
+    params = {
+        "model": load(begin, dtype="float32").params if begin else jax.jit(start)(jax.random.key(seed)),
+        "patches": jnp.zeros((CONFIG.text.width, sum(CLASSES))),
+    }
     state = optimizer.init(params)
-    step = train_step(model, optimizer)
+    step = train_step(functools.partial(loss, model), optimizer)
     drawn = itertools.islice(batches(seed, ROWS, CONFIG, out, workers), steps)
     losses: list[jax.Array] = []
     for batch in (progress := tqdm(drawn, total=steps, mininterval=5)):
-        params, state, loss = step(params, state, batch)
-        losses.append(loss)
+        params, state, value = step(params, state, batch)
+        losses.append(value)
         if len(losses) % 250 == 0:
             progress.write(f"step {len(losses)}: loss {np.mean(np.array(losses[-250:])):.4f}")
-    write_hf(out, params, CONFIG, np.dtype(jnp.bfloat16))
+    write_hf(out, params["model"], CONFIG, np.dtype(jnp.bfloat16))
 
 
 def main() -> None:
