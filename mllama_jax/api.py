@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Mllama:
         answers = self._answers([prompt for prompt, _ in each], [one for _, one in each], tokenizer)
         return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
 
-    def stream(self, conversation: Conversation, **settings: Any) -> Iterator[str]:
+    def stream(self, conversation: Conversation, **settings: Any) -> Generator[str, None, None]:
         """Answer one conversation piece by piece; a piece never ends inside a character or a stop text.
 
         Closing the iterator ends the work.
