@@ -24,7 +24,7 @@ from mllama_jax.train.pictures.labels import patch_labels
 from mllama_jax.train.pictures.stream import sample
 from mllama_jax.train.step import IGNORED, Batch
 
-LENGTH = 192  # text positions a row
+LENGTH = 128  # text positions a row
 TILES_A_ROW = 8  # two pictures of four tiles
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
+import math
+import time
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,20 +46,27 @@ CONFIG = MllamaConfig(
     pad=tokenizer.MERGED + 4,
     stops=tuple(tokenizer.MERGED + i for i in (1, 8, 9)),
 )
-ROWS = {"scenes": 32, "charts": 28, "text": 28, "pairs": 8}  # of each family in a batch
+ROWS = {"scenes": 64}  # of each family in a batch
+WARM_UP = 0.02  # of the time
+AHEAD = 8  # steps that may wait for the device
 GATE = 0.7  # what gates start from: zero, as when an adapter joins a finished decoder, would keep the pictures out
 PATCHES = 0.5  # how much the patches' labels weigh beside the answers
+BRANCH = 0.3  # what the branches' last maps start from, beside a residual stream of size 1
 POSITION = 0.5  # the size of position embeddings at the start, beside patches of size 1
 
 
 def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
-    """Random parameters with open gates, plain positions, and tables that Meta's layout can hold."""
+    """Random parameters with open gates, plain positions, quiet branches, and tables that Meta's layout can hold."""
 
     def adjust(path: tuple, leaf: jax.Array) -> jax.Array:
         if path[-1].key.endswith("gate"):
             return jnp.full_like(leaf, GATE)
         if path[-1].key in ("position", "tiles", "table"):
             return leaf * (POSITION / leaf.std())
+        if path[-1].key == "embedding":
+            return leaf / leaf.std()
+        if path[-2].key in ("out", "down") and path[-1].key == "kernel":
+            return leaf * BRANCH
         return leaf
 
     return tie_tiles(jax.tree_util.tree_map_with_path(adjust, init_parameters(config, key)), average=True)
@@ -76,45 +85,57 @@ def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
     return answer_loss(model, params["model"], batch, features) + PATCHES * seen
 
 
-def train(out: Path, begin: Path | None, steps: int, peak: float, seed: int, workers: int) -> None:
-    """Train for so many steps, from nothing or from the checkpoint `begin`; leaves a checkpoint in `out`."""
+def train(out: Path, begin: Path | None, minutes: float, peak: float, seed: int, workers: int) -> None:
+    """Train for so many minutes, from nothing or from the checkpoint `begin`; leaves a checkpoint in `out`.
+
+    The learning rate follows the clock, a short way up and then a cosine down to nothing: however fast the machine is,
+    the training is finished when its time is.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.write(out)
     template = resources.files("mllama_jax.processing").joinpath("chat_template.jinja")
     (out / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
-    model = MllamaModel(CONFIG, jnp.dtype("bfloat16"))
-    schedule = optax.warmup_cosine_decay_schedule(0, peak, min(500, steps // 10), steps, peak / 100)
-    optimizer = optax.chain(
-        optax.stateless(lambda gradients, _: tie_tiles(gradients)),  # pyright: ignore[reportArgumentType]
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.02),
-    )
+    adam = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, b2=0.98, weight_decay=0.02)
+    tie = optax.stateless(lambda gradients, _: tie_tiles(gradients))  # pyright: ignore[reportArgumentType]
+    optimizer = optax.chain(tie, optax.clip_by_global_norm(1.0), adam)
     params = {
         "model": load(begin, dtype="float32").params if begin else jax.jit(start)(jax.random.key(seed)),
         "patches": jnp.zeros((CONFIG.text.width, sum(CLASSES))),
     }
-    state = optimizer.init(params)
-    step = train_step(functools.partial(loss, model), optimizer)
-    drawn = itertools.islice(batches(seed, ROWS, CONFIG, out, workers), steps)
+    state: Any = optimizer.init(params)
+    step = train_step(functools.partial(loss, MllamaModel(CONFIG, jnp.dtype("bfloat16"))), optimizer)
     losses: list[jax.Array] = []
-    for batch in (progress := tqdm(drawn, total=steps, mininterval=5)):
+    started = elapsed = 0.0  # the first step compiles: the clock starts behind it
+    for batch in (progress := tqdm(batches(seed, ROWS, CONFIG, out, workers), mininterval=10)):
+        state[-1].hyperparams["learning_rate"] = jnp.float32(peak * rate(elapsed / (60 * minutes)))
         params, state, value = step(params, state, batch)
         losses.append(value)
-        if len(losses) % 250 == 0:
-            progress.write(f"step {len(losses)}: loss {np.mean(np.array(losses[-250:])):.4f}")
+        losses[-min(len(losses), AHEAD)].block_until_ready()
+        started = started or time.monotonic()
+        elapsed = time.monotonic() - started
+        if len(losses) % 500 == 0:
+            progress.write(f"step {len(losses)}: loss {np.mean(np.array(losses[-500:])):.4f}")
+        if elapsed > 60 * minutes:
+            break
     write_hf(out, params["model"], CONFIG, np.dtype(jnp.bfloat16))
+    print(f"{len(losses)} steps in {elapsed:.0f} s")
+
+
+def rate(done: float) -> float:
+    """The learning rate, as part of its peak, when so much of the time is over (0 to 1)."""
+    return min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--begin", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to train, behind the first step")
     parser.add_argument("--peak", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="processes that draw pictures")
     args = parser.parse_args()
-    train(args.out, args.begin, args.steps, args.peak, args.seed, args.workers)
+    train(args.out, args.begin, args.minutes, args.peak, args.seed, args.workers)
 
 
 if __name__ == "__main__":
