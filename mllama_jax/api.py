@@ -17,9 +17,11 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.answer import Answer, Completion
 from mllama_jax.generate.batch import Rows, bucket, make_rows
+from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
-from mllama_jax.generate.sampling import SamplingParams, Settings
-from mllama_jax.model.cache import CrossCache
+from mllama_jax.generate.decoding import Decoding
+from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.model.cache import CrossCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
 from mllama_jax.processing.image import preprocess
@@ -28,7 +30,6 @@ from mllama_jax.processing.tokenizer import Tokenizer
 Conversation = Sequence[Mapping[str, Any]]
 Images = Sequence[Sequence[Image.Image]]
 
-STEPS = 32  # tokens made in one dispatch
 ENCODE_AT_ONCE = 8  # pictures encoded in one dispatch
 
 
@@ -134,6 +135,11 @@ class Mllama:
             if piece:
                 yield piece
 
+    def chat(self) -> Chat:
+        """A conversation of several turns that keeps its caches."""
+        tokenizer = self._tokenizer()
+        return Chat(self.model, self.params, self.prompt, lambda params: self._start([params], tokenizer)[0])
+
     def prompt(self, conversation: Conversation) -> Prompt:
         """The token ids and pictures that a conversation becomes."""
         return encode_conversation(conversation, self._tokenizer(), self.template)
@@ -186,22 +192,13 @@ class Mllama:
 
     def _blocks(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Iterator[tuple[Made, int]]:
         """Blocks of new tokens on the host and how many of their columns were made, until every answer has ended."""
-        params = [answer.params for answer in answers]
-        longest = max((each.max_new_tokens for each in params), default=0)
+        longest = max((answer.params.max_new_tokens for answer in answers), default=0)
         tokens = [prompt.tokens for prompt in prompts]
         rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], longest)
-        settings = Settings.of(params, tokens, self.config.stops, self.config.text.vocab)
-        length, top = bucket(int(rows.lengths.max()) + longest, 64), max(each.logprobs for each in params)
-        state, first = decode.prefill(
-            self.model, self.params, rows.tokens, rows.lengths, cross, settings, length=length, top=top
-        )
-        yield jax.tree.map(lambda x: np.asarray(x)[:, None], first), 1
-        while not all(answer.finish_reason for answer in answers):
-            done = np.array([answer.finish_reason is not None for answer in answers])  # by a stop text, which we see
-            state, block, columns = decode.decode(
-                self.model, self.params, state.replace(done=state.done | done), cross, settings, steps=STEPS, top=top
-            )
-            yield jax.device_get(block), int(columns)
+        decoding = Decoding(self.model, self.params, answers, tokens, cross)
+        length = bucket(rows.tokens.shape[1] + longest, 64)
+        cache = empty_cache(self.config.text, len(tokens), length, self.model.dtype)
+        yield from decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache)
 
 
 def _rows(tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> tuple[list[list[int]], Images]:

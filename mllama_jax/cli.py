@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllama_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from mllama_jax import Mllama
 
 SHIPPED = Path(__file__).parent / "assets" / "pictures-4m"
 
@@ -40,17 +43,20 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="answer a question about pictures")
     generate.add_argument("question", help="what to ask")
-    generate.add_argument(
-        "--model", type=Path, default=SHIPPED, help="checkpoint directory (default: the one that ships)"
-    )
     generate.add_argument("--image", type=Path, nargs="+", default=[], action="extend", help="picture files, in order")
-    generate.add_argument("--dtype", default=None, help="bfloat16 (default on accelerators), float32 (default on CPU)")
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk about pictures in the terminal")
+    chat.set_defaults(run=_chat)
+
+    for command in (generate, chat):
+        command.add_argument("--model", type=Path, default=SHIPPED, help="checkpoint directory (default: what ships)")
+        command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
+        command.add_argument("--max-new-tokens", type=int, default=256)
+        command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+        command.add_argument("--top-k", type=int, default=0)
+        command.add_argument("--top-p", type=float, default=1.0)
+        command.add_argument("--seed", type=int, default=0)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds")
     inspect.add_argument("model", type=Path)
@@ -82,36 +88,50 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings among the arguments, refused here, before the long load, where they are bad."""
     from mllama_jax.generate.sampling import SamplingParams
-    from mllama_jax.processing.image import open_image
 
-    sampling: dict[str, Any] = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
-    SamplingParams(**sampling)  # refuse bad settings and bad pictures before the long load
-    content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
-    conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    sampling = {name: getattr(args, name) for name in names}
+    SamplingParams(**sampling)
+    return sampling
 
+
+def _load(args: argparse.Namespace) -> Mllama:
     with _stage("starting JAX"):
         import jax
 
         from mllama_jax import load
 
         use_compilation_cache()
-        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with _stage(f"loading {args.model}"):
-        model = load(args.model, dtype=dtype)
+        return load(args.model, dtype=args.dtype)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from mllama_jax.terminal import Terminal
+
+    sampling = _sampling(args)
+    Terminal(_load(args).chat(), sampling).run()
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from mllama_jax.processing.image import open_image
+
+    sampling = _sampling(args)
+    content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
+    conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
+    model = _load(args)
     if args.json:
         start = time.monotonic()
         completion = model.generate([conversation], **sampling)[0]
         seconds = round(time.monotonic() - start, 3)
         print(
-            json.dumps({**dataclasses.asdict(completion), "model": str(args.model), "dtype": dtype, "seconds": seconds})
+            json.dumps(
+                {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
+            )
         )
         return
     pieces = model.stream(conversation, **sampling)

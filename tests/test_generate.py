@@ -16,6 +16,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.batch import bucket
 from mllama_jax.generate.sampling import Settings, kept, sample
+from mllama_jax.model.cache import empty_cache
 
 IMAGE = 768
 Draw = Callable[..., Image.Image]
@@ -74,8 +75,9 @@ def test_a_stop_token_ends_its_row_and_no_other(small: Mllama, picture: Draw) ->
 
 def prefilled(small: Mllama) -> tuple[decode.State, Settings]:
     settings = settings_of(1, max_new_tokens=4)
-    tokens, lengths = jnp.full((1, 16), 5), jnp.array([3])
-    state, _ = decode.prefill(small.model, small.params, tokens, lengths, None, settings, length=64, top=0)
+    tokens, start, lengths = jnp.full((1, 16), 5), jnp.array([0]), jnp.array([3])
+    cache = empty_cache(small.config.text, 1, 64, small.model.dtype)
+    state, _ = decode.prefill(small.model, small.params, tokens, start, lengths, cache, None, settings, top=0)
     return state, settings
 
 
@@ -152,8 +154,9 @@ def test_streamed_pieces_add_up(small: Mllama, picture: Draw) -> None:
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "What is it?"}]}
     ]
-    (whole,) = small.generate([conversation], max_new_tokens=40)
-    pieces = list(small.stream(conversation, max_new_tokens=40))
+    settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "stop_ids": ()}
+    (whole,) = small.generate([conversation], **settings)
+    pieces = list(small.stream(conversation, **settings))
     assert "".join(pieces) == whole.text
     assert len(whole.tokens) == len(whole.logprobs) == 40
     assert whole.finish_reason == "length"

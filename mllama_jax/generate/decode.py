@@ -106,31 +106,31 @@ def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: Cro
     return call(model, params, "logits", x)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "length", "top"))
+@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="cache")
 def prefill(
     model: MllamaModel,
     params: Params,
     tokens: jax.Array,
+    start: jax.Array,
     lengths: jax.Array,
+    cache: tuple[KVCache, ...],
     cross: CrossCache | None,
     settings: Settings,
     *,
-    length: int,
     top: int,
 ) -> tuple[State, Made]:
-    """Read prompts [B, T] of the given lengths [B] into a new cache of `length` positions; make the first tokens.
+    """Read tokens [B, T], of which lengths [B] are real, at positions from start [B] on; make the first new tokens.
 
-    The padding behind a row's prompt is read too: decode overwrites what it left in the cache before anything can see
-    it. `top` is how many of the likeliest tokens to report.
+    The cache holds what stands before `start` and has room for `start + T`. Padding behind a row's tokens is read too:
+    decode overwrites what it left in the cache before anything can see it. `top` is how many of the likeliest tokens to
+    report.
     """
-    rows = tokens.shape[0]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
     x, cache = call(model, params, "__call__", tokens, positions, cache, cross)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-    nothing = jnp.zeros(rows, jnp.int32)
+    nothing = jnp.zeros_like(lengths)
     counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
-    state = State(cache, nothing, lengths, nothing, jnp.zeros(rows, bool), counts)
+    state = State(cache, nothing, start + lengths, nothing, jnp.zeros(len(lengths), bool), counts)
     return _choose(model, params, last, state, settings, top)
 
 

@@ -1,0 +1,139 @@
+"""A conversation that keeps its caches: no picture is encoded twice, no shared beginning read twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from mllama_jax.config import MllamaConfig
+from mllama_jax.errors import InputError
+from mllama_jax.generate import decode
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import bucket
+from mllama_jax.generate.decoding import Decoding
+from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.mllama import MllamaModel, Params
+from mllama_jax.model.vision import TILES
+from mllama_jax.processing.chat import Prompt, image_spans
+from mllama_jax.processing.image import preprocess
+
+
+class Chat:
+    """One conversation of several turns.
+
+    Attributes:
+        messages: the turns so far, each {"role", "content"}.
+    """
+
+    def __init__(
+        self,
+        model: MllamaModel,
+        params: Params,
+        prompt: Callable[[Sequence[dict[str, Any]]], Prompt],
+        start: Callable[[SamplingParams], Answer],
+    ):
+        """`prompt` makes token ids of messages, `start` an empty answer of settings."""
+        self.messages: list[dict[str, Any]] = []
+        self._model, self._params, self._prompt, self._start = model, params, prompt, start
+        self._read: list[int] = []  # the token ids whose keys and values are in the cache, from position 0 on
+        self._cache: tuple[KVCache, ...] = ()
+        self._pictures: dict[bytes, tuple[KVCache, ...]] = {}
+
+    @property
+    def config(self) -> MllamaConfig:
+        return self._model.config
+
+    def say(self, content: str | list[dict[str, Any]], **settings: Any) -> Generator[str, None, None]:
+        """Add a user's message and stream the answer; closed early, the conversation keeps what was said so far.
+
+        Raises InputError and leaves the conversation as it was where the message or a setting cannot be used.
+        """
+        answer = self._start(SamplingParams(**settings))
+        user = {"role": "user", "content": content}
+        prompt = self._prompt([*self.messages, user])
+        if len(prompt.tokens) + answer.params.max_new_tokens > self.config.text.context:
+            raise InputError(
+                f"the conversation's {len(prompt.tokens)} tokens and {answer.params.max_new_tokens} new ones exceed "
+                f"the context of {self.config.text.context}; undo turns or begin anew"
+            )
+        self.messages.append(user)
+        try:
+            for block, columns in self._blocks(prompt, answer):
+                if piece := answer.push(block, 0, columns):
+                    yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": answer.text})
+
+    def undo(self) -> bool:
+        """Take the last question and its answer back; False where there is none."""
+        there = bool(self.messages)
+        del self.messages[-2:]
+        return there
+
+    def _blocks(self, prompt: Prompt, answer: Answer) -> Generator[tuple[decode.Made, int], None, None]:
+        known = _common(prompt.tokens[:-1], self._read)
+        new = prompt.tokens[known:]
+        tokens = np.full((1, bucket(len(new), 16)), self.config.pad, np.int32)
+        tokens[0, : len(new)] = new
+        self._make_room(known + tokens.shape[1] + answer.params.max_new_tokens)
+        decoding = Decoding(self._model, self._params, [answer], [prompt.tokens], self._cross(prompt))
+        cache, self._cache, self._read = self._cache, (), []  # prefill takes the cache: none is left until it is back
+        try:
+            yield from decoding.blocks(tokens, np.array([known], np.int32), np.array([len(new)], np.int32), cache)
+        finally:
+            state = getattr(decoding, "state", None)
+            if state is not None and not state.position.is_deleted():  # an interrupted dispatch may have taken it
+                self._cache = state.cache
+                self._read = [*prompt.tokens, *answer.tokens][: int(state.position[0])]
+
+    def _make_room(self, length: int) -> None:
+        """Let the cache hold `length` positions."""
+        if not self._cache:
+            self._cache = empty_cache(self.config.text, 1, bucket(length, 256), self._model.dtype)
+        short = bucket(length, 256) - self._cache[0].k.shape[1]
+        if short > 0:
+            self._cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))), self._cache)
+
+    def _cross(self, prompt: Prompt) -> CrossCache | None:
+        """What the conversation's pictures leave in the cross-attention caches; only new ones are encoded."""
+        if not prompt.images:
+            return None
+        kept, spans = [], []
+        for image, span in zip(prompt.images, image_spans(prompt.tokens, self.config.image_token), strict=True):
+            layers = self._picture(image)
+            kept.append(layers)
+            spans += [span] * (layers[0].k.shape[1] // _tokens(self.config))
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *kept)
+        missing = bucket(len(spans)) - len(spans)  # tiles that nobody sees, for fewer programs
+        width = missing * _tokens(self.config)
+        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, width), (0, 0), (0, 0))), layers)
+        return CrossCache(layers, jnp.asarray([[*spans, *[(0, 0)] * missing]], jnp.int32))
+
+    def _picture(self, image: Image.Image) -> tuple[KVCache, ...]:
+        """A picture's keys and values in each cross-attention layer, padding tiles left out."""
+        key = hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+        if key not in self._pictures:
+            assert self.config.vision is not None
+            pixels, ratio_ids = preprocess([image], self.config.vision)
+            features = decode.encode(self._model, self._params, pixels, ratio_ids)
+            tiles = np.arange(TILES[ratio_ids[0]], dtype=np.int32)[None]
+            spans = np.zeros((*tiles.shape, 2), np.int32)
+            self._pictures[key] = decode.keys_values(self._model, self._params, features, tiles, spans).layers
+        return self._pictures[key]
+
+
+def _tokens(config: MllamaConfig) -> int:
+    assert config.vision is not None
+    return config.vision.tokens
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,147 @@
+"""Chats of several turns: what is encoded and read is counted, and answers are those of the whole conversation anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mllama_jax import Mllama
+from mllama_jax.errors import InputError
+from mllama_jax.generate import decode
+from mllama_jax.terminal import Terminal
+
+Draw = Callable[..., Image.Image]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": ()}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many pictures each `encode`, and how many real tokens each `prefill`, was given."""
+    counted: dict[str, list[int]] = {"encode": [], "prefill": []}
+    encode, prefill = decode.encode, decode.prefill
+
+    def count_encode(model: Any, params: Any, pixels: Any, ratio_ids: Any) -> Any:
+        counted["encode"].append(len(pixels))
+        return encode(model, params, pixels, ratio_ids)
+
+    def count_prefill(
+        model: Any, params: Any, tokens: Any, start: Any, lengths: Any, *rest: Any, **options: Any
+    ) -> Any:
+        counted["prefill"].append(int(lengths[0]))
+        return prefill(model, params, tokens, start, lengths, *rest, **options)
+
+    monkeypatch.setattr(decode, "encode", count_encode)
+    monkeypatch.setattr(decode, "prefill", count_prefill)
+    return counted
+
+
+def message(text: str, *pictures: Image.Image) -> list[dict[str, Any]]:
+    return [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+
+
+def test_nothing_is_done_twice(small: Mllama, picture: Draw, calls: dict[str, list[int]]) -> None:
+    chat = small.chat()
+    turns = [message("What is it?", picture(1)), message("And where?"), message("This one?", picture(2, 120, 50))]
+    read = 0
+    for turn in turns:
+        answer = "".join(chat.say(turn, **SETTINGS))
+        history = [*chat.messages[:-1]]
+        prompt = small.prompt(history)
+        assert calls["prefill"][-1] <= len(prompt.tokens) - read
+        read = len(prompt.tokens)
+        made = list(calls["prefill"]), list(calls["encode"])
+        assert small.generate([history], **SETTINGS)[0].text == answer
+        calls["prefill"], calls["encode"] = list(made[0]), list(made[1])
+    assert calls["encode"] == [1, 1]  # two pictures in three turns
+
+
+def test_undo_and_ask_again(small: Mllama, picture: Draw) -> None:
+    chat = small.chat()
+    first = "".join(chat.say(message("What is it?", picture(1)), **SETTINGS))
+    "".join(chat.say("And where?", **SETTINGS))
+    assert chat.undo()
+    again = "".join(chat.say("How many?", **SETTINGS))
+    assert [each["role"] for each in chat.messages] == ["user", "assistant"] * 2
+    assert small.generate([chat.messages[:-1]], **SETTINGS)[0].text == again
+    assert chat.undo()
+    assert chat.undo()
+    assert not chat.undo()
+    assert "".join(chat.say(message("What is it?", picture(1)), **SETTINGS)) == first
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(small: Mllama, picture: Draw) -> None:
+    chat = small.chat()
+    answer = chat.say(message("What is it?", picture(1)), max_new_tokens=200, stop_ids=(), temperature=1.0)
+    seen = next(answer)
+    answer.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": seen}
+    after = "".join(chat.say("Go on", **SETTINGS))
+    assert small.generate([chat.messages[:-1]], **SETTINGS)[0].text == after
+
+
+def test_a_refused_message_changes_nothing(small: Mllama) -> None:
+    chat = small.chat()
+    with pytest.raises(InputError, match="exceed the context of 512"):
+        next(chat.say("word " * 600))
+    with pytest.raises(InputError, match="temperature must be at least 0"):
+        next(chat.say("Hello", temperature=-1.0))
+    assert chat.messages == []
+
+
+def talk(model: Mllama, lines: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[Terminal, str, str]:
+    """Run a terminal that is given `lines`; exceptions among them are raised where the line would be read."""
+    given = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(given, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    terminal = Terminal(model.chat(), {"max_new_tokens": 12}, read)
+    terminal.run()
+    out, err = capsys.readouterr()
+    return terminal, out, err
+
+
+def test_terminal(small: Mllama, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, saved = tmp_path / "photo.png", tmp_path / "chat.json"
+    picture(1).save(photo)
+    lines = [f"/image {photo}", "What is it?", KeyboardInterrupt(), "And where?", "/undo", f"/save {saved}", "/quit"]
+    terminal, out, err = talk(small, lines, capsys)
+    assert err == ""
+    assert "ctrl-D leaves" in out
+    assert len(terminal.chat.messages) == 2
+    conversation = json.loads(saved.read_text())
+    assert conversation[0]["content"][0] == {"type": "image", "image": str(photo)}
+    (again,) = small.generate([conversation[:1]], max_new_tokens=12)
+    assert again.text == conversation[1]["content"]
+
+
+def test_terminal_mistakes_cost_one_line(small: Mllama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["/image /nowhere.png", "/nonsense", "/save /nowhere/chat.json", "/undo", "word " * 600, "/help"]
+    terminal, out, err = talk(small, lines, capsys)
+    assert len(err.splitlines()) == 4
+    assert "nothing to take back" in out
+    assert terminal.chat.messages == []
+
+
+def test_ctrl_c_stops_the_answer(
+    small: Mllama, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, interrupted = decode.decode, []
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(decode, "decode", interrupt)
+    terminal, _, _ = talk(small, ["Hello", "And now?"], capsys)
+    assert [message["role"] for message in terminal.chat.messages] == ["user", "assistant"] * 2
