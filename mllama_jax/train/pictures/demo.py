@@ -15,17 +15,21 @@ PICTURES = Path(__file__).parents[2] / "assets" / "pictures"
 
 # By file name: the family, the number of the seed that drew a pretty one, and questions with their answers.
 _CHOSEN = {
-    "scene.png": (
+    "hearts.png": (
         "scenes",
         25,
         {"How many hearts are there?": "3", "What colour is the star?": "pink", "Where is the ring?": "top left"},
     ),
-    "chart.png": (
-        "charts",
-        23,
-        {"What is the value of coal?": "75", "Which bar is the largest?": "car", "Is rain larger than oil?": "no"},
+    "night.png": (
+        "scenes",
+        38,
+        {"How many triangles do you see?": "3", "Which colour is the square?": "green", "Is there a red star?": "no"},
     ),
-    "sign.png": ("text", 3272, {"What does the sign say?": "Cafe 8", "What number is written?": "8"}),
+    "wide.png": (
+        "scenes",
+        51,
+        {"Count the crosses.": "3", "Where is the blue triangle?": "top", "What shape is purple?": "cross"},
+    ),
 }
 _DEMO = 2  # the first word of these seeds, which neither training nor the held-out split has
 
