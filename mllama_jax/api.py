@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ Images = Sequence[Sequence[Image.Image]]
 ENCODE_AT_ONCE = 8  # pictures encoded in one dispatch
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mllama:
     """A model with its parameters on devices, and its tokenizer where the checkpoint has one.
 
@@ -41,7 +42,7 @@ class Mllama:
     """
 
     model: MllamaModel
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None
     template: ChatTemplate
     directory: Path
@@ -91,6 +92,8 @@ class Mllama:
     ) -> list[list[int]]:
         """Continue rows of ids; returns the new ids of each, a stop token included. Settings as in `SamplingParams`."""
         params = SamplingParams(**settings)
+        if params.n != 1:
+            raise InputError(f"n must be 1 for rows of token ids, got {params.n}; repeat the rows")
         prompts = [Prompt(row, list(own)) for row, own in zip(*_rows(tokens, images), strict=True)]
         return [answer.tokens for answer in self._answers(prompts, [params] * len(prompts))]
 
@@ -112,7 +115,10 @@ class Mllama:
         """
         if params is not None and settings:
             raise InputError(f"give params or {', '.join(settings)}, not both")
-        params = [SamplingParams(**settings)] * len(conversations) if params is None else params
+        if params is None:
+            params = [SamplingParams(**settings)] * len(conversations)
+        if isinstance(params, SamplingParams):
+            raise InputError("params must be a list, one SamplingParams for each conversation")
         if len(params) != len(conversations):
             raise InputError(f"params must be as many as conversations, got {len(params)} and {len(conversations)}")
         tokenizer = self._tokenizer()
@@ -130,10 +136,8 @@ class Mllama:
         if params.n != 1:
             raise InputError(f"n must be 1 to stream, got {params.n}")
         (answer,) = self._start([params], self._tokenizer())
-        for block, columns in self._blocks([prompt], [answer]):
-            piece = answer.push(block, 0, columns)
-            if piece:
-                yield piece
+        blocks = self._blocks([prompt], [answer])
+        return (piece for block, columns in blocks if (piece := answer.push(block, 0, columns)))
 
     def chat(self) -> Chat:
         """A conversation of several turns that keeps its caches."""
@@ -163,7 +167,9 @@ class Mllama:
             features.append(decode.encode(self.model, self.params, some, ids)[: len(some) - spare])
         return jnp.concatenate(features)
 
-    def _prepare(self, tokens: list[list[int]], images: Images, new_tokens: int = 0) -> tuple[Rows, CrossCache | None]:
+    def _prepare(
+        self, tokens: list[list[int]], images: Images, new_tokens: Sequence[int] = ()
+    ) -> tuple[Rows, CrossCache | None]:
         """Rows as arrays, and what their pictures leave in the cross-attention caches."""
         rows = make_rows(self.config, tokens, images, new_tokens)
         if rows.pixels is None:
@@ -192,11 +198,11 @@ class Mllama:
 
     def _blocks(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Iterator[tuple[Made, int]]:
         """Blocks of new tokens on the host and how many of their columns were made, until every answer has ended."""
-        longest = max((answer.params.max_new_tokens for answer in answers), default=0)
+        limits = [answer.params.max_new_tokens for answer in answers]
         tokens = [prompt.tokens for prompt in prompts]
-        rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], longest)
+        rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], limits)
         decoding = Decoding(self.model, self.params, answers, tokens, cross)
-        length = bucket(rows.tokens.shape[1] + longest, 64)
+        length = bucket(rows.tokens.shape[1] + max(limits), 64)
         cache = empty_cache(self.config.text, len(tokens), length, self.model.dtype)
         yield from decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache)
 
@@ -206,4 +212,7 @@ def _rows(tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> tuple
         raise InputError(
             f"{len(tokens)} rows of tokens but {len(images)} rows of images; give one list of images a row"
         )
-    return [[int(token) for token in row] for row in tokens], images
+    try:
+        return [[operator.index(token) for token in row] for row in tokens], images
+    except TypeError:
+        raise InputError("tokens must be rows of integers") from None

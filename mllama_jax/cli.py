@@ -75,7 +75,11 @@ def _stage(what: str) -> Iterator[None]:
         return
     print(f"{what} ...", end="", file=sys.stderr, flush=True)
     start = time.monotonic()
-    yield
+    try:
+        yield
+    except BaseException:
+        print(file=sys.stderr)
+        raise
     print(f"\r{what}: {time.monotonic() - start:.1f} s", file=sys.stderr)
 
 

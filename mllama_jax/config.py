@@ -145,7 +145,7 @@ class _Keys:
     """A JSON object whose keys must all be taken: what is left in the end is refused by name."""
 
     def __init__(self, where: str, values: dict[str, Any]):
-        self.where, self.values, self.left = where, values, set(values) - _IRRELEVANT
+        self.where, self.values, self.left = where, dict(values), set(values) - _IRRELEVANT
 
     def take(self, key: str, *default: Any) -> Any:
         self.left.discard(key)
@@ -157,15 +157,30 @@ class _Keys:
 
     def integer(self, key: str, *default: int) -> int:
         value = self.take(key, *default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise InputError(f"{self.where}: '{key}' must be a positive integer, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise InputError(f"{self.where}: '{key}' must be a positive integer below 2**31, got {value!r}")
         return value
 
     def number(self, key: str, *default: float) -> float:
         value = self.take(key, *default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise InputError(f"{self.where}: '{key}' must be a positive number, got {value!r}")
         return float(value)
+
+    def indices(self, key: str, below: int, *default: list[int]) -> tuple[int, ...]:
+        """A list of different integers from 0 to `below`, in rising order."""
+        value = self.take(key, *default)
+        fits = isinstance(value, list) and all(type(i) is int and 0 <= i < below for i in value)
+        if not fits or len(set(value)) != len(value):
+            raise InputError(f"{self.where}: '{key}' must list different indices below {below}, got {value!r}")
+        return tuple(sorted(value))
+
+    def object(self, key: str) -> dict[str, Any]:
+        """A JSON object; an empty one where there is none."""
+        value = self.take(key, None)
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f"{self.where}: '{key}' must be an object, got {value!r}")
+        return dict(value or {})
 
     def expect(self, key: str, *allowed: Any) -> None:
         """Where `key` is present it must be one of `allowed`: other values belong to a model this is not."""
@@ -201,39 +216,45 @@ def _from_hf(config: dict[str, Any], generation: dict[str, Any]) -> MllamaConfig
         if image_token != text.vocab:
             raise InputError(f"config.json: image_token_index={image_token} must be the vocabulary size {text.vocab}")
         top.expect("tie_word_embeddings", False)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for key in _SPECIAL:
             top.take(key, None)
     else:
         raise InputError(f"config.json: model_type must be 'mllama' or 'llama' (text only), got {kind!r}")
     top.close()
-    ids = {
-        **config,
-        **config.get("text_config", {}),
-        **{k: v for k, v in config.items() if v is not None},
-        **generation,
-    }
-    stops = ids.get("eos_token_id", 128001)
-    bos, pad = ids.get("bos_token_id"), ids.get("pad_token_id")
+    nested_text = config.get("text_config") or {}
+    ids: dict[str, Any] = {}
+    for source in (nested_text, config, generation):  # the later, the more it counts
+        ids |= {key: source[key] for key in _SPECIAL if source.get(key) is not None}
     return MllamaConfig(
-        text=text,
-        vision=vision,
-        bos=128000 if bos is None else bos,
-        pad=128004 if pad is None else pad,
-        stops=tuple(stops) if isinstance(stops, list) else (stops,),
+        text,
+        vision,
+        bos=_special(ids, "bos_token_id", 128000, text)[0],
+        pad=_special(ids, "pad_token_id", 128004, text)[0],
+        stops=_special(ids, "eos_token_id", 128001, text),
     )
 
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _special(ids: Mapping[str, Any], key: str, default: int, text: TextConfig) -> tuple[int, ...]:
+    """The token ids under `key`, one or a list."""
+    value = ids.get(key, default)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(type(i) is int and (i == default or -1 <= i <= text.vocab) for i in values):
+        raise InputError(f"config.json: '{key}' must be a token id below {text.vocab} or a list of them, got {value!r}")
+    return tuple(values)
+
+
 def _hf_text(keys: _Keys, multimodal: bool) -> TextConfig:
-    rope = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
-    keys.left -= {"rope_parameters", "rope_scaling"}
+    rope = keys.object("rope_scaling") | keys.object("rope_parameters")
+    rope.setdefault("rope_theta", keys.take("rope_theta", 500000.0))
     width, heads, layers = (
         keys.integer("hidden_size"),
         keys.integer("num_attention_heads"),
         keys.integer("num_hidden_layers"),
     )
-    cross = tuple(sorted(keys.take("cross_attention_layers"))) if multimodal else ()
-    if any(not isinstance(i, int) or not 0 <= i < layers for i in cross) or len(set(cross)) != len(cross):
-        raise InputError(f"{keys.where}: cross_attention_layers {list(cross)} must be different indices below {layers}")
+    cross = keys.indices("cross_attention_layers", layers) if multimodal else ()
     kv_heads = keys.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise InputError(f"{keys.where}: {heads} attention heads do not divide into {kv_heads} key/value heads")
@@ -242,9 +263,10 @@ def _hf_text(keys: _Keys, multimodal: bool) -> TextConfig:
     keys.expect("mlp_bias", False)
     keys.expect("attention_dropout", 0.0, 0)
     keys.expect("dropout", 0.0, 0)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in _SPECIAL:
         keys.take(key, None)
-    head_dim = keys.take("head_dim", None) or width // heads
+    if keys.values.get("head_dim") is None:
+        keys.values["head_dim"] = width // heads
     return TextConfig(
         vocab=keys.integer("vocab_size"),
         extra_embeddings=8 if multimodal else 0,
@@ -253,11 +275,11 @@ def _hf_text(keys: _Keys, multimodal: bool) -> TextConfig:
         cross_layers=cross,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=keys.integer("head_dim", width // heads),
         hidden=keys.integer("intermediate_size"),
         norm_eps=keys.number("rms_norm_eps", 1e-5),
-        rope_theta=float(rope["rope_theta"]) if "rope_theta" in rope else keys.number("rope_theta", 500000.0),
-        rope_scaling=_rope_scaling(keys.where, dict(rope)),
+        rope_theta=_Keys(keys.where, rope).number("rope_theta"),
+        rope_scaling=_rope_scaling(keys.where, rope),
         context=keys.integer("max_position_embeddings", 131072),
         tied=bool(keys.take("tie_word_embeddings", False)),
     )
@@ -290,7 +312,7 @@ def _hf_vision(values: dict[str, Any]) -> VisionConfig:
     keys.expect("num_channels", 3)
     keys.expect("attention_dropout", 0.0, 0)
     ratios = keys.take("supported_aspect_ratios", None)
-    if ratios is not None and tuple(tuple(r) for r in ratios) != ASPECT_RATIOS:
+    if ratios is not None and ratios != [list(ratio) for ratio in ASPECT_RATIOS]:
         raise InputError(
             f"{keys.where}: supported_aspect_ratios must be {[list(r) for r in ASPECT_RATIOS]}, got {ratios}"
         )
@@ -303,7 +325,7 @@ def _hf_vision(values: dict[str, Any]) -> VisionConfig:
         global_layers=keys.integer("num_global_layers", 8),
         heads=keys.integer("attention_heads", keys.integer("num_attention_heads", 16)),
         hidden=keys.integer("intermediate_size", 5120),
-        taps=tuple(keys.take("intermediate_layers_indices", [3, 7, 15, 23, 30])),
+        taps=keys.indices("intermediate_layers_indices", keys.integer("num_hidden_layers", 32), [3, 7, 15, 23, 30]),
         norm_eps=keys.number("norm_eps", 1e-5),
     )
     output = keys.take("vision_output_dim", vision.output_width)
@@ -324,8 +346,6 @@ def _check_vision(where: str, vision: VisionConfig) -> None:
         )
     if vision.max_tiles != 4:
         raise InputError(f"{where}: max_num_tiles must be 4, got {vision.max_tiles}")
-    if list(vision.taps) != sorted(set(vision.taps)) or not all(0 <= t < vision.layers for t in vision.taps):
-        raise InputError(f"{where}: tapped layers {list(vision.taps)} must rise and lie below {vision.layers}")
 
 
 # ---- Meta ---------------------------------------------------------------------------------------------------------
@@ -346,7 +366,11 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
             "a text-only release is read in Hugging Face's layout"
         )
     vocab = keys.integer("vocab_size")
-    hidden = int((keys.take("ffn_dim_multiplier", None) or 1) * int(2 * 4 * width / 3))
+    if keys.values.get("ffn_dim_multiplier") is None:
+        keys.values["ffn_dim_multiplier"] = 1.0
+    hidden = int(keys.number("ffn_dim_multiplier", 1.0) * int(2 * 4 * width / 3))
+    if width % heads or heads % keys.integer("n_kv_heads", heads):
+        raise InputError(f"params.json: dim {width} must divide into n_heads {heads}, and these into n_kv_heads")
     multiple = keys.integer("multiple_of", 256)
     text = TextConfig(
         vocab=vocab,
@@ -362,7 +386,7 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         rope_theta=keys.number("rope_theta", 500000.0),
         rope_scaling=RopeScaling() if keys.take("use_scaled_rope", False) else None,
     )
-    override = _Keys("params.json: vision", keys.take("vision", {}))
+    override = _Keys("params.json: vision", keys.object("vision"))
     encoder = "vision_model.vision_encoder."
     try:
         patch_in = shapes[encoder + "conv1._linear.weight"]
@@ -370,16 +394,17 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     except KeyError as missing:
         raise InputError(f"checkpoint: tensor {missing} is missing; the vision tower's size follows from it") from None
     patch = math.isqrt(patch_in[1] // 3)
+    layers_seen = _count(shapes, encoder + "transformer.resblocks.")
     vision = VisionConfig(
         tile=keys.integer("vision_chunk_size"),
         patch=patch,
         max_tiles=keys.integer("vision_max_num_chunks", 4),
         width=patch_in[0],
-        layers=_count(shapes, encoder + "transformer.resblocks."),
+        layers=layers_seen,
         global_layers=_count(shapes, encoder + "global_transformer.resblocks."),
         heads=override.integer("heads", 16),
         hidden=c_fc[0],
-        taps=tuple(override.take("taps", [3, 7, 15, 23, 30])),
+        taps=override.indices("taps", layers_seen, [3, 7, 15, 23, 30]),
     )
     _check_vision("params.json", vision)
     override.close()

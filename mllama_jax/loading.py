@@ -40,10 +40,11 @@ def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | 
     directory = Path(path)
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint)
+    tokenizer, template = _tokenizer(directory, config), load_template(directory)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
     params = load_parameters(checkpoint, config, _placer(config, jnp.dtype(dtype), rules))
     model = MllamaModel(config, jnp.dtype(dtype), rules.constrain) if rules else MllamaModel(config, jnp.dtype(dtype))
-    return Mllama(model, params, _tokenizer(directory), load_template(directory), directory)
+    return Mllama(model, params, tokenizer, template, directory)
 
 
 def _placer(
@@ -58,6 +59,19 @@ def _placer(
     return put
 
 
-def _tokenizer(directory: Path) -> Tokenizer | None:
-    present = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    return Tokenizer.from_directory(directory) if present else None
+def _tokenizer(directory: Path, config: MllamaConfig) -> Tokenizer | None:
+    """The directory's tokenizer, where there is one, once it is known to be this model's."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    tokenizer = Tokenizer.from_directory(directory)
+    if tokenizer.vocab_size > config.text.vocab:
+        raise InputError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} ids and its model {config.text.vocab}; "
+            "they are of two models"
+        )
+    if config.vision is not None and tokenizer.image_token != config.image_token:
+        raise InputError(
+            f"{directory}: its tokenizer gives <|image|> the id {tokenizer.image_token}, its model embeds it at "
+            f"{config.image_token}; they are of two models"
+        )
+    return tokenizer

@@ -74,6 +74,14 @@ def test_undo_and_ask_again(small: Mllama, picture: Draw) -> None:
     assert "".join(chat.say(message("What is it?", picture(1)), **SETTINGS)) == first
 
 
+def test_another_picture_is_another_conversation(small: Mllama, picture: Draw) -> None:
+    chat = small.chat()
+    "".join(chat.say(message("What is it?", picture(1)), **SETTINGS))
+    chat.undo()
+    again = "".join(chat.say(message("What is it?", picture(2)), **SETTINGS))
+    assert small.generate([chat.messages[:-1]], **SETTINGS)[0].text == again
+
+
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(small: Mllama, picture: Draw) -> None:
     chat = small.chat()
     answer = chat.say(message("What is it?", picture(1)), max_new_tokens=200, stop_ids=(), temperature=1.0)
@@ -90,6 +98,8 @@ def test_a_refused_message_changes_nothing(small: Mllama) -> None:
         next(chat.say("word " * 600))
     with pytest.raises(InputError, match="temperature must be at least 0"):
         next(chat.say("Hello", temperature=-1.0))
+    with pytest.raises(InputError, match="logit_bias must name ids below 768"):
+        next(chat.say("Hello", logit_bias={5000: 1.0}))
     assert chat.messages == []
 
 

@@ -154,6 +154,12 @@ def test_text_only_llama_is_the_same_decoder_without_cross_layers() -> None:
     assert round(count / 1e9, 3) == 1.236  # Llama 3.2 1B
 
 
+@pytest.mark.parametrize("generation", [{"eos_token_id": None}, {}])
+def test_a_missing_stop_token_is_the_models(generation: dict[str, Any]) -> None:
+    assert MllamaConfig.from_hf(OLD, generation).stops == (128001, 128008, 128009)
+    assert MllamaConfig.from_hf(LLAMA | {"eos_token_id": None}).stops == (128001,)
+
+
 def changed(where: str, **values: Any) -> dict[str, Any]:
     config = copy.deepcopy(OLD)
     (config[where] if where else config).update(values)
@@ -167,11 +173,24 @@ def changed(where: str, **values: Any) -> dict[str, Any]:
         ({}, "model_type must be 'mllama' or 'llama' (text only), got None"),
         (changed("text_config", sliding_window=4096), "text_config: unknown keys ['sliding_window']"),
         (changed("text_config", hidden_act="gelu"), "hidden_act='gelu' is not supported; expected 'silu'"),
-        (changed("text_config", hidden_size=-1), "'hidden_size' must be a positive integer, got -1"),
-        (changed("text_config", hidden_size="4096"), "'hidden_size' must be a positive integer, got '4096'"),
+        (changed("text_config", hidden_size=-1), "'hidden_size' must be a positive integer below 2**31, got -1"),
+        (
+            changed("text_config", hidden_size="4096"),
+            "'hidden_size' must be a positive integer below 2**31, got '4096'",
+        ),
         (changed("text_config", rms_norm_eps=float("nan")), "'rms_norm_eps' must be a positive number, got nan"),
         (changed("text_config", num_key_value_heads=7), "32 attention heads do not divide into 7 key/value heads"),
-        (changed("text_config", cross_attention_layers=[3, 40]), "must be different indices below 40"),
+        (
+            changed("text_config", cross_attention_layers=[3, 40]),
+            "'cross_attention_layers' must list different indices below 40",
+        ),
+        (changed("text_config", cross_attention_layers=None), "must list different indices below 40, got None"),
+        (changed("text_config", rope_scaling="llama3"), "'rope_scaling' must be an object, got 'llama3'"),
+        (changed("text_config", rope_theta="x"), "'rope_theta' must be a positive number, got 'x'"),
+        (changed("text_config", rope_theta=10**400), "'rope_theta' must be a positive number"),
+        (changed("text_config", head_dim="64"), "'head_dim' must be a positive integer below 2**31, got '64'"),
+        (changed("text_config", eos_token_id="</s>"), "'eos_token_id' must be a token id below 128256"),
+        (changed("vision_config", intermediate_layers_indices=None), "must list different indices below 32, got None"),
         (changed("text_config", rope_scaling={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
         (changed("vision_config", hidden_act="quick_gelu"), "hidden_act='quick_gelu' is not supported"),
         (changed("vision_config", image_size=555), "tiles of 555 pixels must divide into patches of 14"),

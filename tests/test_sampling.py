@@ -46,6 +46,15 @@ def test_no_stop_token_before_its_time() -> None:
         assert (np.isneginf(np.asarray(ours))[0] == [False, banned, False, False, banned]).all()
 
 
+def test_by_default_all_tokens_are_kept() -> None:
+    ranked = -jnp.sort(-jnp.asarray(np.random.default_rng(0).normal(size=(1, 128256)), jnp.float32))
+    assert bool(kept(ranked, settings(SamplingParams(temperature=1.0), [])).all())
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert SamplingParams(top_k=np.int64(5), temperature=np.float32(0.5)).top_k == 5  # pyright: ignore[reportArgumentType]
+
+
 def test_min_p_keeps_what_is_likely_beside_the_likeliest() -> None:
     ranked = jnp.log(jnp.array([[0.5, 0.26, 0.2, 0.04]]))
     for min_p, expected in ((0.0, [1, 1, 1, 1]), (0.5, [1, 1, 0, 0]), (0.3, [1, 1, 1, 0]), (1.0, [1, 0, 0, 0])):
@@ -161,13 +170,19 @@ def test_closing_a_stream_ends_the_work(small: Mllama, picture: Draw, monkeypatc
         ({"logit_bias": {-1: 1.0}}, "logit_bias must have token ids for keys, got -1"),
         ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\] must be a finite number, got nan"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens must be at most max_new_tokens, got 9 and 8"),
+        ({"stop": 5}, "stop must be a list of texts, got 5"),
+        ({"stop_ids": 5}, "stop_ids must be a list of token ids, got 5"),
+        ({"stop_ids": (2**40,)}, "stop_ids must be a list of token ids"),
+        ({"top_k": 99999999999}, "top_k must be at most 2147483647"),
+        ({"temperature": 10**400}, "temperature must be a finite number"),
+        ({"logit_bias": {1: 1e39}}, r"logit_bias\[1\] must be a finite number"),
         ({"n": 2}, "n=2 answers at temperature 0 would all be the same"),
         ({"n": 0}, "n must be at least 1"),
         ({"logprobs": 21}, "logprobs must be at most 20"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"presence_penalty": 3.0}, "presence_penalty must be at most 2"),
         ({"min_p": 1.5}, "min_p must be at most 1"),
-        ({"stop_ids": (-1,)}, "stop_ids must be token ids"),
+        ({"stop_ids": (-1,)}, "stop_ids must be a list of token ids"),
     ],
 )
 def test_contradictory_or_bad_settings(values: dict[str, Any], message: str) -> None:

@@ -47,14 +47,17 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def make_rows(
-    config: MllamaConfig, tokens: Sequence[Sequence[int]], images: Sequence[Sequence[Image.Image]], new_tokens: int = 0
+    config: MllamaConfig,
+    tokens: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Image.Image]],
+    new_tokens: Sequence[int] = (),
 ) -> Rows:
     """Check ragged rows and pad them.
 
     Args:
         tokens: each row's ids; every image token belongs to the row's next picture.
         images: each row's pictures.
-        new_tokens: how many tokens shall follow; they must fit the context too.
+        new_tokens: how many tokens shall follow each row; they must fit the context too.
     """
     _check(config, tokens, images, new_tokens)
     lengths = np.array([len(row) for row in tokens], np.int32)
@@ -80,7 +83,10 @@ def make_rows(
 
 
 def _check(
-    config: MllamaConfig, tokens: Sequence[Sequence[int]], images: Sequence[Sequence[Image.Image]], new_tokens: int
+    config: MllamaConfig,
+    tokens: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Image.Image]],
+    new_tokens: Sequence[int],
 ) -> None:
     if not len(tokens):
         raise InputError("no rows: give at least one prompt")
@@ -95,13 +101,17 @@ def _check(
         bad = next((t for t in row if not 0 <= t < ids), None)
         if bad is not None:
             raise InputError(f"row {b}: token {bad} is outside the vocabulary of {ids} ids")
+        wrong = next((type(each).__name__ for each in pictures if not isinstance(each, Image.Image)), None)
+        if wrong is not None:
+            raise InputError(f"row {b}: images must be PIL images, got {wrong}")
         if config.vision is None and len(pictures):
             raise InputError(f"row {b}: this model is text-only and takes no pictures")
         wanted = sum(t == config.image_token for t in row)
         if wanted != len(pictures):
             raise InputError(f"row {b}: {wanted} image tokens but {len(pictures)} pictures; they must be as many")
-        if len(row) + new_tokens > config.text.context:
+        following = new_tokens[b] if new_tokens else 0
+        if len(row) + following > config.text.context:
             raise InputError(
-                f"row {b}: {len(row)} prompt tokens and {new_tokens} new ones exceed the context of "
+                f"row {b}: {len(row)} prompt tokens and {following} new ones exceed the context of "
                 f"{config.text.context}; shorten the prompt or max_new_tokens"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -42,7 +43,8 @@ class Chat:
         """`prompt` makes token ids of messages, `start` an empty answer of settings."""
         self.messages: list[dict[str, Any]] = []
         self._model, self._params, self._prompt, self._start = model, params, prompt, start
-        self._read: list[int] = []  # the token ids whose keys and values are in the cache, from position 0 on
+        # What is in the cache from position 0 on: token ids, and the pictures' digests where these are image tokens.
+        self._read: list[int | bytes] = []
         self._cache: tuple[KVCache, ...] = ()
         self._pictures: dict[bytes, tuple[KVCache, ...]] = {}
 
@@ -63,12 +65,15 @@ class Chat:
                 f"the conversation's {len(prompt.tokens)} tokens and {answer.params.max_new_tokens} new ones exceed "
                 f"the context of {self.config.text.context}; undo turns or begin anew"
             )
+        blocks = self._blocks(prompt, answer)
+        first = next(blocks)  # whatever is refused is refused here, before the conversation changes
         self.messages.append(user)
         try:
-            for block, columns in self._blocks(prompt, answer):
+            for block, columns in itertools.chain([first], blocks):
                 if piece := answer.push(block, 0, columns):
                     yield piece
         finally:
+            blocks.close()
             self.messages.append({"role": "assistant", "content": answer.text})
 
     def undo(self) -> bool:
@@ -78,7 +83,9 @@ class Chat:
         return there
 
     def _blocks(self, prompt: Prompt, answer: Answer) -> Generator[tuple[decode.Made, int], None, None]:
-        known = _common(prompt.tokens[:-1], self._read)
+        digests = iter([_digest(image) for image in prompt.images])
+        wanted = [next(digests) if token == self.config.image_token else token for token in prompt.tokens]
+        known = _common(wanted[:-1], self._read)
         new = prompt.tokens[known:]
         tokens = np.full((1, bucket(len(new), 16)), self.config.pad, np.int32)
         tokens[0, : len(new)] = new
@@ -91,7 +98,7 @@ class Chat:
             state = getattr(decoding, "state", None)
             if state is not None and not state.position.is_deleted():  # an interrupted dispatch may have taken it
                 self._cache = state.cache
-                self._read = [*prompt.tokens, *answer.tokens][: int(state.position[0])]
+                self._read = [*wanted, *answer.tokens][: int(state.position[0])]
 
     def _make_room(self, length: int) -> None:
         """Let the cache hold `length` positions."""
@@ -118,7 +125,7 @@ class Chat:
 
     def _picture(self, image: Image.Image) -> tuple[KVCache, ...]:
         """A picture's keys and values in each cross-attention layer, padding tiles left out."""
-        key = hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+        key = _digest(image)
         if key not in self._pictures:
             assert self.config.vision is not None
             pixels, ratio_ids = preprocess([image], self.config.vision)
@@ -134,6 +141,10 @@ def _tokens(config: MllamaConfig) -> int:
     return config.vision.tokens
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+
+
+def _common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:
     """How many tokens two sequences have in common from their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

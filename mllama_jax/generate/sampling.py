@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from flax import struct
 
 from mllama_jax.errors import InputError
 
+INT32 = 2**31 - 1
 STOPS_AT_MOST = 16
 LOGPROBS_AT_MOST = 20
 
@@ -58,17 +59,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field, low, high in (
-            ("max_new_tokens", 1, None),
-            ("min_new_tokens", 0, None),
-            ("top_k", 0, None),
+            ("max_new_tokens", 1, INT32),
+            ("min_new_tokens", 0, INT32),
+            ("top_k", 0, INT32),
             ("seed", 0, 2**32 - 1),
             ("n", 1, 128),
             ("logprobs", 0, LOGPROBS_AT_MOST),
         ):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise InputError(f"{field} must be an integer, got {value!r}")
-            _within(field, value, low, high)
+            _within(field, int(value), low, high)
         for field, low, high in (
             ("temperature", 0, None),
             ("top_p", 0, 1),
@@ -95,12 +96,12 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise InputError(f"logit_bias must map token ids to numbers, got {type(self.logit_bias).__name__}")
         for token, bias in self.logit_bias.items():
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            if not _is_token(token):
                 raise InputError(f"logit_bias must have token ids for keys, got {token!r}")
             _finite(f"logit_bias[{token}]", bias)
 
     def _check_stops(self) -> None:
-        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
             raise InputError(f"stop must be a list of texts, got {self.stop!r}")
         if len(self.stop) > STOPS_AT_MOST:
             raise InputError(f"stop must be at most {STOPS_AT_MOST} texts, got {len(self.stop)}")
@@ -108,8 +109,8 @@ class SamplingParams:
             raise InputError("stop must have no empty text, got ''")
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.stop_ids is not None:
-            if not all(isinstance(token, int) and token >= 0 for token in self.stop_ids):
-                raise InputError(f"stop_ids must be token ids, got {self.stop_ids!r}")
+            if not isinstance(self.stop_ids, list | tuple) or not all(map(_is_token, self.stop_ids)):
+                raise InputError(f"stop_ids must be a list of token ids, got {self.stop_ids!r}")
             object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 
     def each(self) -> list[SamplingParams]:
@@ -121,8 +122,12 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) <= INT32
+
+
 def _finite(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) < 1e30:  # pyright: ignore[reportOperatorIssue]
         raise InputError(f"{field} must be a finite number, got {value!r}")
 
 
@@ -243,5 +248,6 @@ def kept(ranked: jax.Array, settings: Settings) -> jax.Array:
     top_k = (settings.top_k[:, None] == 0) | (rank < settings.top_k[:, None])
     probabilities = jax.nn.softmax(jnp.where(top_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    likely = (before < settings.top_p[:, None]) & (probabilities >= settings.min_p[:, None] * probabilities[:, :1])
+    top_p = (before < settings.top_p[:, None]) | (settings.top_p[:, None] >= 1)  # rounding may sum to 1 before the end
+    likely = top_p & (probabilities >= settings.min_p[:, None] * probabilities[:, :1])
     return top_k & (likely | (rank == 0))
