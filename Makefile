@@ -17,8 +17,8 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# Beside `make test`: Meta's code and two versions of transformers on the same weights.
-test-all: test $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done
+# What `make test` leaves out: Meta's code and two versions of transformers on the same weights.
+test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done
 	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
 		$(VENV)-oracle/bin/python -m pytest -m oracle tests
 

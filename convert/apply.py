@@ -46,7 +46,7 @@ def load_parameters(
         put: takes a target path and its host array to where it shall live (casts, places on devices).
 
     Raises:
-        InputError: tensors are missing, left over, or of another shape: all of them in one line.
+        InputError: see `check_shapes`.
     """
     names = _canonical_names(checkpoint, config)
     shapes = check_shapes(checkpoint, config)
@@ -65,7 +65,7 @@ def load_parameters(
 def disassemble_all(
     params: Mapping[str, Any], config: MllamaConfig, layout: Layout
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of `params` under its name in `layout`, made when asked for; the inverse of `load_parameters`."""
+    """Every tensor of `params` under its name in `layout`; the inverse of `load_parameters`."""
     for row in table(config):
         value: Any = params
         for key in row.target:
@@ -200,7 +200,7 @@ def check_shapes(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Sha
     """The shape of every parameter of `config`, once the checkpoint's tensors are known to be exactly those it needs.
 
     Raises:
-        InputError: tensors are missing, unexpected or misshapen: all of them in one line.
+        InputError: tensors are missing, unexpected or misshapen: how many of each, and the first of them, in one line.
     """
     shapes = {path: leaf.shape for path, leaf in paths(nn.unbox(abstract_parameters(config))).items()}
     names, expected = _canonical_names(checkpoint, config), {}

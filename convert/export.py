@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllama_jax.config import ASPECT_RATIOS, MllamaConfig, TextConfig, VisionConfig, fusion_schedule
+from mllama_jax.config import ASPECT_RATIOS, MllamaConfig, RopeScaling, TextConfig, VisionConfig, fusion_schedule
 from mllama_jax.convert.apply import disassemble_all
 from mllama_jax.convert.pth import write_pth
 from mllama_jax.convert.safetensors import write_safetensors
@@ -31,6 +31,9 @@ def write_hf(directory: Path, params: Params, config: MllamaConfig, dtype: np.dt
 
 def write_meta(directory: Path, params: Params, config: MllamaConfig, dtype: np.dtype, shards: int = 1) -> None:
     """Write params.json and consolidated.00.pth, ... split over `shards` model-parallel files."""
+    if 8 % shards:
+        raise InputError(f"shards must be 1, 2, 4 or 8, got {shards}")
+    content = json.dumps(meta_params(config), indent=1)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.astype(dtype) for name, tensor in disassemble_all(params, config, "meta")}
     for shard in range(shards):
@@ -39,7 +42,7 @@ def write_meta(directory: Path, params: Params, config: MllamaConfig, dtype: np.
             axis = meta_split(name)
             part[name] = tensor if axis is None else np.split(tensor, shards, axis)[shard]
         write_pth(directory / f"consolidated.{shard:02d}.pth", part)
-    (directory / "params.json").write_text(json.dumps(meta_params(config), indent=1) + "\n")
+    (directory / "params.json").write_text(content + "\n")
 
 
 def hf_config(config: MllamaConfig, dtype: str) -> dict[str, Any]:
@@ -156,4 +159,14 @@ def meta_params(config: MllamaConfig) -> dict[str, Any]:
         params["vision"] = {"heads": v.heads, "taps": list(v.taps)}
     if fusion_schedule(len(c.self_layers), len(c.cross_layers)) != c.cross_layers:
         raise InputError(f"Meta's layout spreads cross-attention layers evenly; it cannot hold {list(c.cross_layers)}")
+    expressible = {
+        "rope_scaling": (c.rope_scaling, RopeScaling() if c.rope_scaling else None),
+        "hidden": (c.hidden, c.hidden + c.hidden % 2),
+        "tied": (c.tied, False),
+        "head_dim": (c.head_dim, c.width // c.heads),
+        "vision norm_eps": (v.norm_eps, VisionConfig.norm_eps),
+    }
+    for field, (ours, theirs) in expressible.items():
+        if ours != theirs:
+            raise InputError(f"Meta's layout cannot hold {field} {ours}; it would be read as {theirs}")
     return params

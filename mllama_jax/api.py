@@ -78,7 +78,8 @@ class Mllama:
         """Every named intermediate, for comparison layer by layer.
 
         `vision/...` are [I, C, N, width] over the pictures of all rows in order, padding tokens left out; `text/...`
-        are [B, T, D]. `text/layer_i` counts cross-attention layers too.
+        are [B, T, D], `text/logits` [B, T, V]. `text/layer_i` counts cross-attention layers too; `vision/patch` stands
+        before the class token, with N - 1 tokens.
         """
         rows, cross = self._prepare(*_rows(tokens, images))
         found = decode.text_intermediates(self.model, self.params, rows.tokens, cross)

@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | 
     tokenizer, template = _tokenizer(directory, config), load_template(directory)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
     params = load_parameters(checkpoint, config, _placer(config, jnp.dtype(dtype), rules))
-    model = MllamaModel(config, jnp.dtype(dtype), rules.constrain) if rules else MllamaModel(config, jnp.dtype(dtype))
+    model = MllamaModel(config, jnp.dtype(dtype), rules) if rules else MllamaModel(config, jnp.dtype(dtype))
     return Mllama(model, params, tokenizer, template, directory)
 
 
@@ -54,7 +54,13 @@ def _placer(
     names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
 
     def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
-        return jax.device_put(value.astype(dtype, copy=False), rules.sharding(*names[path]) if rules else None)
+        sharding = rules.sharding(*names[path]) if rules else None
+        try:
+            return jax.device_put(value.astype(dtype, copy=False), sharding)
+        except ValueError:
+            raise InputError(
+                f"{'/'.join(path)}: shape {list(value.shape)} does not divide over {sharding}; take a smaller mesh"
+            ) from None
 
     return put
 

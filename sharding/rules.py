@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllama_jax.errors import InputError
+
 MeshAxes = str | tuple[str, ...] | None
 
 # Heads and caches over `kv`, what divides further over (`kv`, `q`); activations stay whole between blocks, so that a
@@ -32,12 +34,15 @@ class Rules:
 
     @classmethod
     def of(cls, mesh: Mesh, table: Mapping[str, MeshAxes]) -> Rules:
+        used = {axis for axes in table.values() for axis in ((axes,) if isinstance(axes, str) else axes or ())}
+        if missing := sorted(used - set(mesh.axis_names)):
+            raise InputError(f"mesh: expected axes {sorted(used)}, got {list(mesh.axis_names)}; {missing} are missing")
         return cls(mesh, tuple(table.items()))
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         table = dict(self.table)
         return NamedSharding(self.mesh, PartitionSpec(*(table.get(axis) if axis else None for axis in axes)))
 
-    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Place an activation by the logical names of its axes."""
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Place an activation by the logical names of its axes: the model's `constrain`."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))

@@ -22,7 +22,7 @@ SMALL = MllamaConfig(
         vocab=tokenizer.VOCAB, width=64, layers=6, cross_layers=(1, 4), heads=4, kv_heads=2, head_dim=16, hidden=96,
         context=512,
     ),
-    vision=VisionConfig(tile=56, width=32, layers=3, global_layers=1, heads=2, hidden=64, taps=(0, 2)),
+    vision=VisionConfig(tile=56, width=32, layers=3, global_layers=1, heads=4, hidden=64, taps=(0, 2)),
     bos=recipe.CONFIG.bos,
     pad=recipe.CONFIG.pad,
     stops=recipe.CONFIG.stops,

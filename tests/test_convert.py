@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 import mllama_jax
 from mllama_jax import MllamaConfig
+from mllama_jax.config import RopeScaling
 from mllama_jax.convert.apply import load_parameters, read_config
-from mllama_jax.convert.export import write_hf, write_meta
+from mllama_jax.convert.export import meta_params, write_hf, write_meta
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import Params
@@ -130,6 +132,21 @@ def test_rows_that_disagree_cannot_become_meta(small_params: Params, tmp_path: P
     params["vision"]["pre_tile_embedding"]["table"][2, 0] += 1
     with pytest.raises(InputError, match="aspect ratio rows disagree about a tile"):
         write_meta(tmp_path, params, SMALL, DTYPES[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"rope_scaling": RopeScaling(factor=32.0)}, "Meta's layout cannot hold rope_scaling"),
+        ({"hidden": 95}, "Meta's layout cannot hold hidden 95; it would be read as 96"),
+        ({"tied": True}, "Meta's layout cannot hold tied True"),
+        ({"cross_layers": (0, 1)}, "Meta's layout spreads cross-attention layers evenly"),
+    ],
+)
+def test_what_metas_layout_cannot_say_is_refused(text: dict, message: str) -> None:
+    config = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, **text))
+    with pytest.raises(InputError, match=message):
+        meta_params(config)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class SelfAttention(nn.Module):
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, positions, frequencies), rotate(kv[:, :, :, 0], positions, frequencies)
         cache = cache.write(k, kv[:, :, :, 1], positions)
+        cache = KVCache(*(self.constrain(x, "batch", "cache", "kv_heads", "head_dim") for x in (cache.k, cache.v)))
         causal = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]  # B T S
         y = attention(q, cache.k, cache.v, causal)
         out = Linear(

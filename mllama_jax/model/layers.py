@@ -58,11 +58,10 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32 and scaled in the input's dtype, as Meta does."""
 
     eps: float
-    axis: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (self.axis,))
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * scale.astype(x.dtype)
