@@ -96,6 +96,17 @@ def test_several_answers_are_those_of_following_seeds(small: Mllama, picture: Dr
     assert len({each.text for each in several}) == 3
 
 
+def test_a_picture_of_several_rows_is_encoded_once(
+    small: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mllama_jax.generate import decode
+
+    encoded, encode = [], decode.encode
+    monkeypatch.setattr(decode, "encode", lambda *args: encoded.append(len(args[2])) or encode(*args))
+    small.generate([question(picture(1), "What is it?")], n=5, temperature=1.0, max_new_tokens=4)
+    assert encoded == [1]
+
+
 def test_log_probabilities_are_the_models(small: Mllama, picture: Draw) -> None:
     conversation = question(picture(1), "What is it?")
     prompt = small.prompt(conversation)

@@ -22,7 +22,7 @@ class Rows:
     Attributes:
         tokens: int32 [B, T], padded on the right.
         lengths: int32 [B], the true lengths.
-        pixels: float32 [I, C, 3, P, P], the pictures of all rows in order, or None where there are none.
+        pixels: float32 [I, C, 3, P, P], the different pictures of all rows in order, or None where there are none.
         ratio_ids: int32 [I].
         tiles: int32 [B, M], which of the I * C tiles each row keeps; padding tiles of a picture are left out.
         spans: int32 [B, M, 2], the text positions that see each kept tile; (0, 0) for none.
@@ -64,18 +64,18 @@ def make_rows(
     padded = np.full((len(tokens), bucket(int(lengths.max()), 16)), config.pad, np.int32)
     for row, ids in zip(padded, tokens, strict=True):
         row[: len(ids)] = ids
-    flat = [image for row in images for image in row]
+    flat = list({id(image): image for row in images for image in row}.values())  # one shown twice is encoded once
     if not flat or config.vision is None:
         empty = np.zeros((len(tokens), 0), np.int32)
         return Rows(padded, lengths, None, np.zeros(0, np.int32), empty, np.zeros((*empty.shape, 2), np.int32))
     pixels, ratio_ids = preprocess(flat, config.vision)
+    places = {id(image): i for i, image in enumerate(flat)}
     kept: list[list[tuple[int, int, int]]] = []
-    first = 0
     for ids, pictures in zip(tokens, images, strict=True):
         kept.append([])
-        for i, (start, end) in enumerate(image_spans(ids, config.image_token), first):
+        for image, (start, end) in zip(pictures, image_spans(ids, config.image_token), strict=True):
+            i = places[id(image)]
             kept[-1] += [(i * config.vision.max_tiles + tile, start, end) for tile in range(TILES[ratio_ids[i]])]
-        first += len(pictures)
     table = np.zeros((len(tokens), bucket(max(map(len, kept))), 3), np.int32)
     for row, entries in zip(table, kept, strict=True):
         row[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)

@@ -14,17 +14,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from mllama_jax.processing.tokenizer import IMAGE, SPECIALS
 from mllama_jax.train.pictures.stream import training
 
 MERGED = 512
 VOCAB = MERGED + 256
-_NAMED = [
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
-    *("step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
-]
-_RESERVED = [f"reserved_special_token_{n}" for n in range(2, 2 + 256 - len(_NAMED))]
-SPECIAL = tuple(f"<|{name}|>" for name in _NAMED + _RESERVED)
-IMAGE = "<|image|>"
+SPECIAL = SPECIALS[:-1]  # the image token is added behind the vocabulary
 
 # Llama 3's split, but for digits: its \p{N}{1,3} would give the small model a thousand numbers to learn one by one.
 _SPLIT = (
