@@ -14,22 +14,22 @@ from mllama_jax.train.pictures.scenes import PLACES, Scene
 
 
 def dialogue(example: Example, rng: np.random.Generator) -> list[Example]:
-    """Up to five questions about an example's picture, its own among them; often the first asks for all there is.
+    """Up to five questions about an example's picture, its own among them; often the last asks for all there is.
 
     Such a list names every thing with its place: a model learns from it where to look long before single questions
-    would teach it.
+    would teach it. It comes last because whatever follows it could be read off it.
     """
     kinds = {"scenes": scenes.KINDS, "charts": charts.KINDS, "text": text.KINDS}.get(example.family)
     if kinds is None:
         return [example]
     content = example.contents[0]
     asked = [kinds[pick(rng, tuple(kinds))](content, rng) for _ in range(int(rng.integers(4)))]
-    questions = [
+    further = [
         dataclasses.replace(example, question=each.question, answer=each.answer, boxes=each.boxes)
-        for each in [everything(content, rng) if coin(rng, 0.6) else None, *asked]
+        for each in [*asked, everything(content, rng) if coin(rng, 0.6) else None]
         if each is not None
     ]
-    return [*questions, example]
+    return [example, *further]
 
 
 def everything(content: object, rng: np.random.Generator) -> Asked | None:
