@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,7 @@ def _encoder_sizes(params: Mapping[str, Any], weights: Mapping[str, Array]) -> d
     return {
         "width": weights[f"{prefix}class_embedding"].size,
         "heads": vision.get("heads", 16),
+        "patch_size": math.isqrt(weights[f"{prefix}conv1._linear.weight"].shape[1] // 3),
         "layers": blocks("transformer"),
         "n_global_layers": blocks("global_transformer"),
         "return_intermediate": vision.get("taps", [3, 7, 15, 23, 30]),
