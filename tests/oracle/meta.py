@@ -13,7 +13,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -82,8 +82,14 @@ def run(case: Case) -> dict[str, Array]:
 
 
 @torch.no_grad()
-def run_rows(model: meta.CrossAttentionTransformer, tokens: Array, images: list[list[Any]]) -> dict[str, Array]:
-    """The arrays of equally long rows: tokens [B, T]."""
+def run_rows(
+    model: meta.CrossAttentionTransformer,
+    tokens: Array,
+    images: list[list[Any]],
+    choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, Array]:
+    """The arrays of equally long rows: tokens [B, T]. `choose` takes the next ids [B] from logits [B, V]."""
+    choose = choose or _clear_winner
     (rows, length), text = tokens.shape, model.text_model
     total, text_only = length + GREEDY, not any(images)
     arrays: dict[str, Array] = {}
@@ -111,7 +117,7 @@ def run_rows(model: meta.CrossAttentionTransformer, tokens: Array, images: list[
     arrays["text/logits"] = logits.numpy()
     arrays["logits"] = logits.flatten(0, 1).numpy()
     for t in range(length, total):
-        sequence[:, t] = _clear_winner(logits[:, -1])
+        sequence[:, t] = choose(logits[:, -1])
         logits = step(torch.arange(t, t + 1))
     return arrays | {"greedy": sequence[:, length:].numpy()}
 
