@@ -10,7 +10,7 @@ demo: $(VENV)/.runtime
 	$(RUN) -m mllama_jax.demo
 
 test: $(VENV)/.test lint
-	$(RUN) -m pytest -n auto -m "not oracle" tests
+	$(RUN) -m pytest -n auto tests
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -20,7 +20,7 @@ lint: $(VENV)/.test
 # What `make test` leaves out: Meta's code and two versions of transformers on the same weights.
 test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done
 	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
-		$(VENV)-oracle/bin/python -m pytest -m oracle tests
+		$(VENV)-oracle/bin/python -m pytest tests/oracle
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

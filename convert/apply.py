@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import einops
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mllama_jax.config import ASPECT_RATIOS, MllamaConfig
+from mllama_jax.convert.files import LazyArray
 from mllama_jax.convert.sources import Checkpoint
 from mllama_jax.convert.table import Layout, Row, Source, table
 from mllama_jax.errors import InputError
@@ -63,15 +65,23 @@ def load_parameters(
 
 
 def disassemble_all(
-    params: Mapping[str, Any], config: MllamaConfig, layout: Layout
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of `params` under its name in `layout`; the inverse of `load_parameters`."""
+    params: Mapping[str, Any], config: MllamaConfig, layout: Layout, dtype: np.dtype
+) -> dict[str, LazyArray]:
+    """Every tensor of `params` by its name in `layout`, made when it is written; the inverse of `load_parameters`."""
+
+    def make(row: Row, source: Source, value: Any, i: int) -> np.ndarray:
+        return disassemble(row, source, np.asarray(value))[i].astype(dtype)
+
+    tensors = {}
     for row in table(config):
         value: Any = params
         for key in row.target:
             value = value[key]
         source = row.source(layout)
-        yield from zip(source.names, disassemble(row, source, np.asarray(value)), strict=True)
+        shapes = source_shapes(row, source, value.shape)
+        for i, (name, shape) in enumerate(zip(source.names, shapes, strict=True)):
+            tensors[name] = LazyArray(shape, dtype, functools.partial(make, row, source, value, i))
+    return tensors
 
 
 def assemble(row: Row, source: Source, parts: list[np.ndarray]) -> np.ndarray:

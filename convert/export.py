@@ -10,6 +10,7 @@ import numpy as np
 
 from mllama_jax.config import ASPECT_RATIOS, MllamaConfig, RopeScaling, TextConfig, VisionConfig, fusion_schedule
 from mllama_jax.convert.apply import disassemble_all
+from mllama_jax.convert.files import LazyArray
 from mllama_jax.convert.pth import write_pth
 from mllama_jax.convert.safetensors import write_safetensors
 from mllama_jax.convert.sources import meta_split
@@ -20,8 +21,7 @@ from mllama_jax.model.mllama import Params
 def write_hf(directory: Path, params: Params, config: MllamaConfig, dtype: np.dtype) -> None:
     """Write config.json, generation_config.json, preprocessor_config.json and model.safetensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.astype(dtype) for name, tensor in disassemble_all(params, config, "hf")}
-    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    write_safetensors(directory / "model.safetensors", disassemble_all(params, config, "hf", dtype), {"format": "pt"})
     files = {"config.json": hf_config(config, dtype.name), "generation_config.json": hf_generation_config(config)}
     if config.vision is not None:
         files["preprocessor_config.json"] = hf_preprocessor_config(config.vision)
@@ -31,18 +31,26 @@ def write_hf(directory: Path, params: Params, config: MllamaConfig, dtype: np.dt
 
 def write_meta(directory: Path, params: Params, config: MllamaConfig, dtype: np.dtype, shards: int = 1) -> None:
     """Write params.json and consolidated.00.pth, ... split over `shards` model-parallel files."""
-    if 8 % shards:
+    if shards not in (1, 2, 4, 8):
         raise InputError(f"shards must be 1, 2, 4 or 8, got {shards}")
     content = json.dumps(meta_params(config), indent=1)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.astype(dtype) for name, tensor in disassemble_all(params, config, "meta")}
+    tensors = disassemble_all(params, config, "meta", dtype)
     for shard in range(shards):
-        part = {}
-        for name, tensor in tensors.items():
-            axis = meta_split(name)
-            part[name] = tensor if axis is None else np.split(tensor, shards, axis)[shard]
+        part = {name: _shard(name, tensor, shard, shards) for name, tensor in tensors.items()}
         write_pth(directory / f"consolidated.{shard:02d}.pth", part)
     (directory / "params.json").write_text(content + "\n")
+
+
+def _shard(name: str, tensor: LazyArray, shard: int, shards: int) -> LazyArray:
+    """The part of a tensor that the model-parallel file number `shard` holds."""
+    axis = meta_split(name)
+    if axis is None:
+        return tensor
+    if tensor.shape[axis] % shards:
+        raise InputError(f"{name}: {list(tensor.shape)} does not divide into {shards} shards along axis {axis}")
+    shape = tuple(n // shards if i == axis else n for i, n in enumerate(tensor.shape))
+    return LazyArray(shape, tensor.dtype, lambda: np.split(np.asarray(tensor), shards, axis)[shard])
 
 
 def hf_config(config: MllamaConfig, dtype: str) -> dict[str, Any]:

@@ -152,15 +152,19 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report))
         return
-    print(
-        f"{report['directory']}: {report['layout']} layout, {report['tensors']} tensors, {report['bytes'] / 1e9:.2f} GB"
-    )
-    parts = "".join(f"; {part} {count / 1e9:.3f} B" for part, count in report["parts"].items())
-    print(f"  parameters  {report['parameters'] / 1e9:.3f} B{parts}")
+    print(f"{report['directory']}: {report['layout']} layout, {report['tensors']} tensors, {_short(report['bytes'])}B")
+    parts = "".join(f"; {part} {_short(count)}" for part, count in report["parts"].items())
+    print(f"  parameters  {_short(report['parameters'])}{parts}")
     print("  dtypes      " + ", ".join(f"{dtype} x {count}" for dtype, count in report["dtypes"].items()))
     for part in ("text", "vision"):
         if report["config"][part]:
             print(f"  {part:<11} " + ", ".join(f"{k} {v}" for k, v in report["config"][part].items()))
+
+
+def _short(n: int) -> str:
+    """10642941475 -> "10.643 G"."""
+    unit = next((unit for unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if n >= unit[1]), ("", 1))
+    return f"{n / unit[1]:.3f} {unit[0]}"
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:

@@ -28,7 +28,8 @@ where j counts self- and cross-attention layers alike, as Hugging Face does: of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,24 @@ def sample_positions(size: int) -> Array:
     return np.arange(SAMPLES) * 104729 % size  # a prime: no axis is stepped over
 
 
+def all_positions(size: int) -> Array:
+    return np.arange(size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What a golden keeps of one array."""
+    """What is kept of one of Meta's arrays: the values float32 [S] at flat positions int64 [S]."""
 
     shape: tuple[int, ...]
     scale: float
-    values: Array  # float32 [S]
+    values: Array
+    positions: Array
 
     def error(self, array: Array) -> float:
-        """The largest absolute difference of `array` from the golden at the sampled positions."""
+        """The largest absolute difference of `array` from Meta's at the positions kept."""
         if array.shape != self.shape:
             raise AssertionError(f"shape {array.shape}, Meta's is {self.shape}")
-        return float(np.abs(np.asarray(array, np.float64).ravel()[sample_positions(array.size)] - self.values).max())
+        return float(np.abs(np.asarray(array, np.float64).ravel()[self.positions] - self.values).max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +151,13 @@ class Golden:
     greedy: list[list[int]]
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Array]) -> Golden:
-        """Sample whole `arrays`, which are named as above."""
-        samples = {
-            name: Sample(array.shape, float(np.abs(array).max()), array.ravel()[sample_positions(array.size)])
-            for name, array in arrays.items()
-            if name != "greedy"
-        }
+    def of(cls, arrays: Mapping[str, Array], positions: Callable[[int], Array] = sample_positions) -> Golden:
+        """Keep `arrays`, named as above, at the `positions` chosen by their size."""
+        samples = {}
+        for name, array in arrays.items():
+            if name != "greedy":
+                kept = positions(array.size)
+                samples[name] = Sample(array.shape, float(np.abs(array).max()), array.ravel()[kept], kept)
         return cls(samples, arrays["greedy"].tolist())
 
     @classmethod
@@ -160,7 +166,9 @@ class Golden:
             stored = dict(file)
         samples = zip(stored["shapes"].tolist(), stored["scales"].tolist(), stored["values"], strict=True)
         arrays = {
-            str(name): Sample(tuple(n for n in shape if n), scale, values)
+            str(name): Sample(
+                tuple(n for n in shape if n), scale, values, sample_positions(math.prod(filter(None, shape)))
+            )
             for name, (shape, scale, values) in zip(stored["names"], samples, strict=True)
         }
         return cls(arrays, stored["greedy"].tolist())

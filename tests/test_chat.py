@@ -282,3 +282,20 @@ def test_broken_template_files_are_refused(content: str, problem: str, tmp_path:
 )
 def test_spans(tokens: str, spans: list[tuple[int, int]]) -> None:
     assert image_spans([9 if token == "i" else 1 for token in tokens], 9) == spans
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("chat_template.json", b'{"chat_template": ["x"]}'),
+        ("chat_template.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", b"[" * 100_000),
+    ],
+)
+def test_damaged_template_files_are_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load_template(tmp_path)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)

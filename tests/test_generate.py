@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mllama_jax
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
@@ -197,3 +199,14 @@ def test_bad_rows(small: Mllama, picture: Draw) -> None:
     ):
         with pytest.raises(InputError, match=message):
             small.generate_tokens(tokens, images, max_new_tokens=20)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_half_precision_stays_near(
+    small: Mllama, small_directory: Path, picture: Draw, dtype: str, tolerance: float
+) -> None:
+    tokens, images = [[512, IMAGE, 9, 10, 11, 12]], [[picture(1)]]
+    exact = small.logits(tokens, images)
+    half = mllama_jax.load(small_directory, dtype=dtype).logits(tokens, images)
+    assert half.dtype == np.float32
+    assert np.linalg.norm(half - exact) <= tolerance * np.linalg.norm(exact)

@@ -59,7 +59,7 @@ def make_rows(
         images: each row's pictures.
         new_tokens: how many tokens shall follow each row; they must fit the context too.
     """
-    _check(config, tokens, images, new_tokens)
+    check_rows(config, tokens, images, new_tokens)
     lengths = np.array([len(row) for row in tokens], np.int32)
     padded = np.full((len(tokens), bucket(int(lengths.max()), 16)), config.pad, np.int32)
     for row, ids in zip(padded, tokens, strict=True):
@@ -82,12 +82,13 @@ def make_rows(
     return Rows(padded, lengths, pixels, ratio_ids, table[..., 0], table[..., 1:])
 
 
-def _check(
+def check_rows(
     config: MllamaConfig,
     tokens: Sequence[Sequence[int]],
     images: Sequence[Sequence[Image.Image]],
     new_tokens: Sequence[int],
 ) -> None:
+    """Refuse rows (see `make_rows`) that the model cannot read."""
     if not len(tokens):
         raise InputError("no rows: give at least one prompt")
     if len(tokens) != len(images):

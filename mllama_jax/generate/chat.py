@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.batch import bucket
+from mllama_jax.generate.batch import bucket, check_rows
 from mllama_jax.generate.decoding import Decoding
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
@@ -60,11 +59,7 @@ class Chat:
         answer = self._start(SamplingParams(**settings))
         user = {"role": "user", "content": content}
         prompt = self._prompt([*self.messages, user])
-        if len(prompt.tokens) + answer.params.max_new_tokens > self.config.text.context:
-            raise InputError(
-                f"the conversation's {len(prompt.tokens)} tokens and {answer.params.max_new_tokens} new ones exceed "
-                f"the context of {self.config.text.context}; undo turns or begin anew"
-            )
+        check_rows(self.config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
         blocks = self._blocks(prompt, answer)
         first = next(blocks)  # whatever is refused is refused here, before the conversation changes
         self.messages.append(user)

@@ -86,11 +86,15 @@ def load_template(directory: str | os.PathLike[str]) -> ChatTemplate:
             variables[name] = text
     alone, wrapped = folder / "chat_template.jinja", _read_json(folder / "chat_template.json")
     if alone.is_file():
-        return ChatTemplate(alone.read_text(encoding="utf-8"), variables)
+        try:
+            return ChatTemplate(alone.read_text(encoding="utf-8"), variables)
+        except UnicodeDecodeError:
+            raise InputError(f"{alone}: expected text in UTF-8; fetch the file again") from None
     for found, where in ((wrapped, "chat_template.json"), (config, "tokenizer_config.json")):
         source = found.get("chat_template")
         if isinstance(source, list):  # several, by name
-            source = next((each["template"] for each in source if each.get("name") == "default"), source)
+            named = [each for each in source if isinstance(each, dict) and each.get("name") == "default"]
+            source = named[0].get("template", source) if named else source
         if isinstance(source, str):
             return ChatTemplate(source, variables)
         if source is not None:
@@ -105,7 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got an error at '{error}'; fetch the file again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; fetch the file again")

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from tests.oracle import meta
-from tests.parity import CASES, GOLDENS, RELATIVE_TOLERANCE, Case, Golden
+from tests.parity import CASES, GOLDENS, RELATIVE_TOLERANCE, Case, Golden, all_positions
 from tests.test_parity import (  # noqa: F401  collected here too, to run on the subject below
     Subject,
     test_greedy_decoding,
@@ -16,14 +14,13 @@ from tests.test_parity import (  # noqa: F401  collected here too, to run on the
     test_vision_features,
 )
 
-pytestmark = pytest.mark.oracle
 FRESH_SEED = 2
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     case = request.param.reseeded(FRESH_SEED)
-    return Subject.of(case, Golden.of(meta.run(case)), tmp_path_factory.mktemp(case.name))
+    return Subject.of(case, Golden.of(meta.run(case), all_positions), tmp_path_factory.mktemp(case.name))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

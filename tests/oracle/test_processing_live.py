@@ -19,7 +19,7 @@ from mllama_jax.processing.image import preprocess
 from mllama_jax.processing.tokenizer import SPECIALS, WORDS, TextStream, Tokenizer
 from tests.processing import MODES, PICTURES, TEXTS, conversations, noise
 
-pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # the oracles' warnings are not ours
+pytestmark = pytest.mark.filterwarnings("ignore")  # the oracles' warnings are not ours
 
 # What released templates do: trimmed content, dates, tools as JSON, calls, refusals, loop controls, namespaces.
 TEMPLATES = {

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mllama_jax.convert import pth
 from mllama_jax.convert.pth import PthFile, write_pth
 from tests.test_pth import ARRAYS, SAVED, SAVED_ARRAYS
-
-torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.oracle
 
 
 def saved_state():

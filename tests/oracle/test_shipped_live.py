@@ -15,9 +15,6 @@ from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 from tests.parity import GREEDY
 
-pytestmark = pytest.mark.oracle
-pytest.importorskip("torch")
-
 EACH = 10
 
 

@@ -9,9 +9,6 @@ import pytest
 
 import mllama_jax
 
-pytestmark = pytest.mark.oracle
-pytest.importorskip("torch")
-
 
 @pytest.mark.parametrize(("tied", "factor"), [(True, 32.0), (False, 8.0)], ids=["3.2", "3.1"])
 def test_logits_equal_transformers(tmp_path: Path, tied: bool, factor: float) -> None:
