@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
-from mllama_jax import Mllama
+import mllama_jax
+from mllama_jax import Mllama, MllamaConfig
+from mllama_jax.convert.export import write_hf
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
+from mllama_jax.model.mllama import init_parameters
 from mllama_jax.terminal import Terminal
+from tests.conftest import SMALL
 
 Draw = Callable[..., Image.Image]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": ()}
@@ -155,3 +163,15 @@ def test_ctrl_c_stops_the_answer(
     monkeypatch.setattr(decode, "decode", interrupt)
     terminal, _, _ = talk(small, ["Hello", "And now?"], capsys)
     assert [message["role"] for message in terminal.chat.messages] == ["user", "assistant"] * 2
+
+
+def test_a_text_only_model_refuses_pictures(small_directory: Path, picture: Draw, tmp_path: Path) -> None:
+    text = dataclasses.replace(SMALL.text, layers=4, cross_layers=(), extra_embeddings=0)
+    params = jax.device_get(init_parameters(MllamaConfig(text, None), jax.random.key(0)))
+    write_hf(tmp_path, params, dataclasses.replace(SMALL, text=text, vision=None), np.dtype("float32"))
+    shutil.copy(small_directory / "tokenizer.json", tmp_path)
+    chat = mllama_jax.load(tmp_path, dtype="float32").chat()
+    "".join(chat.say("Hello", **SETTINGS))
+    with pytest.raises(InputError, match="this model is text-only and takes no pictures"):
+        next(chat.say(message("What is it?", picture(1)), **SETTINGS))
+    assert len(chat.messages) == 2

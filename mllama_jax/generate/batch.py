@@ -91,22 +91,18 @@ def check_rows(
     """Refuse rows (see `make_rows`) that the model cannot read."""
     if not len(tokens):
         raise InputError("no rows: give at least one prompt")
-    if len(tokens) != len(images):
-        raise InputError(
-            f"{len(tokens)} rows of tokens but {len(images)} rows of images; give one list of images a row"
-        )
     ids = config.text.vocab + (config.vision is not None)
     for b, (row, pictures) in enumerate(zip(tokens, images, strict=True)):
         if not len(row):
             raise InputError(f"row {b}: no tokens; a prompt has at least one")
+        if config.vision is None and len(pictures):
+            raise InputError(f"row {b}: this model is text-only and takes no pictures")
         bad = next((t for t in row if not 0 <= t < ids), None)
         if bad is not None:
             raise InputError(f"row {b}: token {bad} is outside the vocabulary of {ids} ids")
         wrong = next((type(each).__name__ for each in pictures if not isinstance(each, Image.Image)), None)
         if wrong is not None:
             raise InputError(f"row {b}: images must be PIL images, got {wrong}")
-        if config.vision is None and len(pictures):
-            raise InputError(f"row {b}: this model is text-only and takes no pictures")
         wanted = sum(t == config.image_token for t in row)
         if wanted != len(pictures):
             raise InputError(f"row {b}: {wanted} image tokens but {len(pictures)} pictures; they must be as many")
