@@ -35,6 +35,6 @@ def test_files_and_size() -> None:
 def test_scenes_are_answered_by_looking(shipped: Mllama) -> None:
     examples = list(held_out("scenes", N))
     looking, blind = mean(scores(shipped, examples)), mean(scores(shipped, shuffled(examples)))
-    # The stand-in scores 0.567 and 0.245 on 1,000 scenes; the likeliest answer to each question scores 0.21, blind.
-    assert looking >= 0.5
+    # Blind, the likeliest answer to each question scores 0.21.
+    assert looking >= 0.95
     assert blind <= 0.3
