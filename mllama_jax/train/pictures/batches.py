@@ -20,7 +20,7 @@ from mllama_jax.processing.image import split_tiles
 from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.train.pictures.dialogue import dialogue
 from mllama_jax.train.pictures.example import Example, conversation
-from mllama_jax.train.pictures.labels import patch_labels
+from mllama_jax.train.pictures.labels import CLASSES, patch_labels
 from mllama_jax.train.pictures.stream import sample
 from mllama_jax.train.step import IGNORED, Batch
 
@@ -30,7 +30,7 @@ TILES_A_ROW = 8  # two pictures of four tiles
 
 @struct.dataclass
 class PictureBatch(Batch):
-    """A batch and, for each patch of its pictures, int8 [I, C, N - 1, 3], the classes of `patch_labels`."""
+    """A batch and, for each patch of its pictures, int8 [I, C, N - 1, aspects], the classes of `patch_labels`."""
 
     patches: jax.Array | np.ndarray
 
@@ -70,7 +70,7 @@ def make_batch(
     pictures = sum(len(row[0].images) for row in rows)
     pixels = np.zeros((pictures, vision.max_tiles, 3, vision.tile, vision.tile), np.uint8)
     ratio_ids = np.zeros(pictures, np.int32)
-    patches = np.zeros((pictures, vision.max_tiles, vision.tokens - 1, 3), np.int8)
+    patches = np.zeros((pictures, vision.max_tiles, vision.tokens - 1, len(CLASSES)), np.int8)
     first = 0
     for b, row in enumerate(rows):
         row_tokens = _tokens(row, tokenizer, template)

@@ -10,6 +10,7 @@ import argparse
 import functools
 import math
 import time
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mllama_jax.model.mllama import MllamaModel, Params, init_parameters
 from mllama_jax.train.pictures import tokenizer
 from mllama_jax.train.pictures.batches import PictureBatch, batches
 from mllama_jax.train.pictures.labels import CLASSES
+from mllama_jax.train.pictures.stream import FAMILIES
 from mllama_jax.train.step import Batch, answer_loss, cross_entropy, encode, tie_tiles, train_step
 
 CONFIG = MllamaConfig(
@@ -46,7 +48,6 @@ CONFIG = MllamaConfig(
     pad=tokenizer.MERGED + 4,
     stops=tuple(tokenizer.MERGED + i for i in (1, 8, 9)),
 )
-ROWS = {"scenes": 64}  # of each family in a batch
 WARM_UP = 0.02  # of the time
 AHEAD = 8  # steps that may wait for the device
 GATE = 0.7  # what gates start from: zero, as when an adapter joins a finished decoder, would keep the pictures out
@@ -75,18 +76,23 @@ def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
 def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
     """The answers' cross-entropy and, to teach the encoder where to look, that of what lies at each patch.
 
-    `params` holds the model's and, under "patches", a linear reading of colour, shape and place off the features, which
+    `params` holds the model's and, under "patches", a linear reading of all that `labels` knows off the features, which
     is left behind after training.
     """
     assert isinstance(batch, PictureBatch)
     features = encode(model, params["model"], batch)
-    read = jnp.split(features[:, :, 1:].astype(jnp.float32) @ params["patches"], np.cumsum(CLASSES[:-1]), axis=-1)
+    logits = features[:, :, 1:].astype(jnp.float32) @ params["patches"]
+    read = jnp.split(logits, np.cumsum([*CLASSES.values()])[:-1], axis=-1)
     seen = sum(cross_entropy(logits, batch.patches[..., i]) for i, logits in enumerate(read))
     return answer_loss(model, params["model"], batch, features) + PATCHES * seen
 
 
-def train(out: Path, begin: Path | None, minutes: float, peak: float, seed: int, workers: int) -> None:
-    """Train for so many minutes, from nothing or from the checkpoint `begin`; leaves a checkpoint in `out`.
+def train(
+    out: Path, begin: Path | None, rows: Mapping[str, int], minutes: float, peak: float, seed: int, workers: int
+) -> None:
+    """Train on so many rows of each family a step, for so many minutes; leaves a checkpoint in `out`.
+
+    It starts from nothing or from the checkpoint `begin`.
 
     The learning rate follows the clock, a short way up and then a cosine down to nothing: however fast the machine is,
     the training is finished when its time is.
@@ -100,13 +106,13 @@ def train(out: Path, begin: Path | None, minutes: float, peak: float, seed: int,
     optimizer = optax.chain(tie, optax.clip_by_global_norm(1.0), adam)
     params = {
         "model": load(begin, dtype="float32").params if begin else jax.jit(start)(jax.random.key(seed)),
-        "patches": jnp.zeros((CONFIG.text.width, sum(CLASSES))),
+        "patches": jnp.zeros((CONFIG.text.width, sum(CLASSES.values()))),
     }
     state: Any = optimizer.init(params)
     step = train_step(functools.partial(loss, MllamaModel(CONFIG, jnp.dtype("bfloat16"))), optimizer)
     losses: list[jax.Array] = []
     started = elapsed = 0.0  # the first step compiles: the clock starts behind it
-    for batch in (progress := tqdm(batches(seed, ROWS, CONFIG, out, workers), mininterval=10)):
+    for batch in (progress := tqdm(batches(seed, rows, CONFIG, out, workers), mininterval=10)):
         state[-1].hyperparams["learning_rate"] = jnp.float32(peak * rate(elapsed / (60 * minutes)))
         params, state, value = step(params, state, batch)
         losses.append(value)
@@ -126,16 +132,24 @@ def rate(done: float) -> float:
     return min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
 
 
+def _share(text: str) -> tuple[str, int]:
+    family, count = text.split("=")
+    if family not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"{family!r} is not one of {', '.join(FAMILIES)}")
+    return family, int(count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--begin", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--rows", type=_share, nargs="+", required=True, metavar="FAMILY=N", help="what a batch holds")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to train, behind the first step")
     parser.add_argument("--peak", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="processes that draw pictures")
     args = parser.parse_args()
-    train(args.out, args.begin, args.minutes, args.peak, args.seed, args.workers)
+    train(args.out, args.begin, dict(args.rows), args.minutes, args.peak, args.seed, args.workers)
 
 
 if __name__ == "__main__":
