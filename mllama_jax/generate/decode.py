@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mllama_jax.generate.sampling import Settings, sample
+from mllama_jax.model.attention import attention_weights
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
@@ -90,6 +91,21 @@ def text_intermediates(
     return {f"text/{name}": value for name, (value,) in found.items()} | {
         "text/logits": call(model, params, "logits", x)
     }
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def attention_to_tiles(model: MllamaModel, params: Params, tokens: jax.Array, cross: CrossCache) -> jax.Array:
+    """Cross-attention of every position of tokens [B, T], the mean over layers and heads: float32 [B, T, M, N]."""
+    whole = _whole(model, tokens)
+    _, sown = model.apply({"params": params}, *whole, cross, mutable=["queries"])
+    found: Any = sown["queries"]["text"]
+    tokens_a_tile = cross.layers[0].k.shape[1] // cross.spans.shape[1]
+    mask = jnp.repeat(cross.visible(whole[1]), tokens_a_tile, axis=-1)
+    weights = []
+    for i, layer in zip(model.config.text.cross_layers, cross.layers, strict=True):
+        (q,) = found[f"layers_{i}"]["attention"]["normed"]
+        weights.append(attention_weights(q, layer.k, mask).mean(axis=(1, 2)))  # B T S
+    return jnp.mean(jnp.stack(weights), axis=0).reshape(*tokens.shape, -1, tokens_a_tile)
 
 
 def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:

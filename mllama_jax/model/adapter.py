@@ -48,6 +48,7 @@ class CrossAttention(nn.Module):
     def __call__(self, x: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
         """Attend from x [B, T, D] to the tiles that bool `visible` [B, T, M] names; zero where it names none."""
         q = self.q_norm(self.q(x))
+        self.sow("queries", "normed", q)
         mask = jnp.repeat(visible, cache.k.shape[1] // visible.shape[-1], axis=-1)
         y = attention(q, cache.k, cache.v, mask)
         y = y * visible.any(axis=-1)[:, :, None, None, None].astype(y.dtype)
