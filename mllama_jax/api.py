@@ -177,7 +177,13 @@ class Mllama:
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """The token ids and pictures that a conversation becomes."""
-        return encode_conversation(conversation, self._tokenizer(), self.template)
+        tokenizer = self._tokenizer()
+        if self.config.vision is None and any(
+            isinstance(message, Mapping) and isinstance(parts := message.get("content"), list) and _shows(parts)
+            for message in conversation
+        ):
+            raise InputError("this model is text-only and takes no pictures")
+        return encode_conversation(conversation, tokenizer, self.template)
 
     # ---- how ------------------------------------------------------------------------------------------------------
 
@@ -240,6 +246,10 @@ class Mllama:
         length = bucket(rows.tokens.shape[1] + max(limits), 64)
         cache = empty_cache(self.config.text, len(tokens), length, self.model.dtype)
         yield from decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache)
+
+
+def _shows(parts: Sequence[Any]) -> bool:
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
 
 
 def _rows(tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> tuple[list[list[int]], Images]:

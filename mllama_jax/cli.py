@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mllama_jax.errors import InputError
 
@@ -37,13 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line; its subcommands are of its kind."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists what it takes\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mllama", description="Llama 3.2 Vision in JAX")
+    parser = _Parser(prog="mllama", description="Llama 3.2 Vision in JAX")
     commands = parser.add_subparsers(dest="command", required=True)
 
     generate = commands.add_parser("generate", help="answer a question about pictures")
     generate.add_argument("question", help="what to ask")
-    generate.add_argument("--image", type=Path, nargs="+", default=[], action="extend", help="picture files, in order")
+    generate.add_argument("--image", type=Path, default=[], action="append", help="a picture; may be given again")
     generate.add_argument("--look", type=Path, metavar="FILE.png", help="draw where each word of the answer looked")
     generate.set_defaults(run=_generate)
 
@@ -63,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", type=Path)
     inspect.set_defaults(run=_inspect)
 
-    for command in (generate, inspect):
+    check = commands.add_parser("check", help="compare this machine with what Meta's code computes")
+    check.set_defaults(run=_check)
+
+    for command in (generate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -149,7 +159,11 @@ def _generate(args: argparse.Namespace) -> None:
         print()
     if args.look is not None:
         with _stage(f"drawing {args.look}"):
-            model.look(conversation, answer).draw().save(args.look)
+            sheet = model.look(conversation, answer).draw()
+            try:
+                sheet.save(args.look)
+            except OSError as error:
+                raise InputError(f"--look: {args.look}: cannot be written: {error.strerror}") from None
 
 
 def _check_look(file: Path, images: Sequence[Path]) -> None:
@@ -157,6 +171,8 @@ def _check_look(file: Path, images: Sequence[Path]) -> None:
         raise InputError("--look shows where on a picture an answer looked; give --image too")
     if file.suffix.lower() != ".png":
         raise InputError(f"--look: {file}: expected the name of a .png file, got {file.suffix or 'no suffix'}")
+    if file.is_dir():
+        raise InputError(f"--look: {file}: expected the name of a file, got a folder")
     if not os.access(file.parent, os.W_OK):
         raise InputError(f"--look: {file}: cannot write there; expected a folder that exists, got {file.parent}")
 
@@ -173,6 +189,23 @@ def _inspect(args: argparse.Namespace) -> None:
     for part in ("text", "vision"):
         if report["config"][part]:
             print(f"  {part:<11} " + ", ".join(f"{k} {v}" for k, v in report["config"][part].items()))
+
+
+def _check(args: argparse.Namespace) -> None:
+    from mllama_jax.check import environment, findings
+
+    where, found = environment(), []
+    if not args.json:
+        print("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n")
+    for each in findings():
+        found.append(each)
+        if not args.json:
+            print(f"{'ok  ' if each.ok else 'BAD '} {each.measured:<8.2g} of {each.limit:<6g} {each.name}", flush=True)
+    if args.json:
+        print(json.dumps({**where, "findings": [{**dataclasses.asdict(each), "ok": each.ok} for each in found]}))
+    bad = sum(not each.ok for each in found)
+    if bad:
+        raise InputError(f"{bad} of {len(found)} comparisons are beyond their limit; please report what is above")
 
 
 def _short(n: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,19 +60,22 @@ def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     pixels, heat = np.asarray(picture, np.float32), heat[..., None]
     mixed = Image.fromarray((pixels * (0.45 + 0.15 * heat) + 0.4 * heat * amber).astype(np.uint8))
     scale = PANEL / max(mixed.size)
-    return mixed.resize((round(mixed.width * scale), round(mixed.height * scale)), Image.Resampling.LANCZOS)
+    size = max(1, round(mixed.width * scale)), max(1, round(mixed.height * scale))
+    return mixed.resize(size, Image.Resampling.LANCZOS)
 
 
 def words_of(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
-    """The words that tokens spell, each with the places of its tokens; a word begins at white space."""
-    stream, words = TextStream(tokenizer), []
+    """The words that tokens spell, each with the places of its tokens; a token may end one word and begin another."""
+    stream = TextStream(tokenizer)
+    words: list[tuple[str, list[int]]] = [("", [])]
     for n, token in enumerate(tokens):
-        piece = stream.push(token)
-        if not words or (piece[:1].isspace() and words[-1][0].strip()):
-            words.append(("", []))
-        text, places = words[-1]
-        words[-1] = (text + piece, [*places, n])
-    return [(text.strip(), places) for text, places in words if text.strip()]
+        first, *further = re.split(r"\s+", stream.push(token))
+        for i, piece in enumerate([first, *further]):
+            if i and words[-1][0]:
+                words.append(("", []))
+            text, places = words[-1]
+            words[-1] = (text + piece, [*places, n] if piece or not further else places)
+    return [word for word in words if word[0]]
 
 
 def on_picture(attention: np.ndarray, picture: Image.Image, vision: VisionConfig) -> np.ndarray:

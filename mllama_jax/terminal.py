@@ -14,7 +14,7 @@ from mllama_jax.processing.image import open_image
 
 HELP = """\
 /image FILE   show a picture with the next question
-/undo         take the last question and its answer back
+/undo         take the last picture, or question and answer, back
 /save FILE    write the conversation to a JSON file
 /help         this list
 /quit         leave (as does ctrl-D); ctrl-C stops an answer"""
@@ -49,10 +49,12 @@ class Terminal:
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/image" and argument:
+            if self.chat.config.vision is None:
+                raise InputError("this model is text-only and takes no pictures")
             self.shown.append({"type": "image", "image": open_image(argument), "path": argument})
             print(f"{argument} goes with the next question")
-        elif command == "/undo":
-            print("taken back" if self.chat.undo() else "there is nothing to take back")
+        elif line == "/undo":
+            self._undo()
         elif command == "/save" and argument:
             self._save(Path(argument))
         elif command == "/help":
@@ -62,7 +64,14 @@ class Terminal:
         elif line:
             self._ask(line)
 
+    def _undo(self) -> None:
+        if self.shown:
+            print(f"{self.shown.pop()['path']} stays out of the next question")
+        else:
+            print("taken back" if self.chat.undo() else "there is nothing to take back")
+
     def _ask(self, line: str) -> None:
+        before = len(self.chat.messages)
         answer = self.chat.say([*self.shown, {"type": "text", "text": line}], **self.sampling)
         try:
             for piece in answer:
@@ -72,7 +81,10 @@ class Terminal:
         finally:
             answer.close()
         print()
-        self.shown = []
+        if len(self.chat.messages) > before:
+            self.shown = []
+        else:
+            print("stopped before it was read: the question is not in the conversation, its pictures wait for the next")
 
     def _save(self, path: Path) -> None:
         def plain(part: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +96,8 @@ class Terminal:
             else message
             for message in self.chat.messages
         ]
+        if path.is_dir() or not path.name:
+            raise InputError(f"{path}: expected the name of a file, got a folder; add one")
         partial = path.with_name(path.name + ".partial")
         try:
             partial.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -142,9 +142,9 @@ def test_terminal(small: Mllama, picture: Draw, tmp_path: Path, capsys: pytest.C
 
 
 def test_terminal_mistakes_cost_one_line(small: Mllama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ["/image /nowhere.png", "/nonsense", "/save /nowhere/chat.json", "/undo", "word " * 600, "/help"]
+    lines = ["/image /nowhere.png", "/nonsense", "/save /nowhere/chat.json", "/save /", "/undo", "word " * 600, "/help"]
     terminal, out, err = talk(small, lines, capsys)
-    assert len(err.splitlines()) == 4
+    assert len(err.splitlines()) == 5
     assert "nothing to take back" in out
     assert terminal.chat.messages == []
 
@@ -163,6 +163,34 @@ def test_ctrl_c_stops_the_answer(
     monkeypatch.setattr(decode, "decode", interrupt)
     terminal, _, _ = talk(small, ["Hello", "And now?"], capsys)
     assert [message["role"] for message in terminal.chat.messages] == ["user", "assistant"] * 2
+
+
+def test_ctrl_c_before_the_first_token_keeps_the_picture(
+    small: Mllama, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, interrupted = decode.prefill, []
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(decode, "prefill", interrupt)
+    picture(1).save(photo := tmp_path / "photo.png")
+    terminal, out, _ = talk(small, [f"/image {photo}", "What is it?", "And now?"], capsys)
+    assert "its pictures wait for the next" in out
+    assert [part["type"] for part in terminal.chat.messages[0]["content"]] == ["image", "text"]
+    assert len(terminal.chat.messages) == 2
+
+
+def test_a_picture_that_waits_can_be_taken_back(
+    small: Mllama, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(1).save(photo := tmp_path / "photo.png")
+    terminal, out, _ = talk(small, ["Hello", f"/image {photo}", "/undo", "And now?"], capsys)
+    assert "stays out of the next question" in out
+    assert [len(message["content"]) for message in terminal.chat.messages[::2]] == [1, 1]
 
 
 def test_a_text_only_model_refuses_pictures(small_directory: Path, picture: Draw, tmp_path: Path) -> None:

@@ -139,11 +139,24 @@ def test_buckets() -> None:
     assert bucket(5, 16) == 16
 
 
-def test_greedy_draws_no_random_number() -> None:
+def test_greedy_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: drawn.append(1))
+        return jnp.argmax(logits)
+
+    monkeypatch.setattr(jax.random, "categorical", categorical)
     logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 2.5]])
     for seed in (0, 1):
         settings = Settings.of([SamplingParams(seed=seed)] * 2, [[], []], (), 3)
         assert sample(logits, settings, jnp.zeros(2, jnp.int32), None).tolist() == [1, 2]
+    jax.effects_barrier()
+    assert not drawn
+    warm = Settings.of([SamplingParams(temperature=1.0)] * 2, [[], []], (), 3)
+    sample(logits, warm, jnp.zeros(2, jnp.int32), None).block_until_ready()
+    jax.effects_barrier()
+    assert drawn
 
 
 def settings_of(n: int, vocab: int = 5, **values: Any) -> Settings:

@@ -74,10 +74,11 @@ def test_attention_is_shared_out_whole(small: Mllama, picture: Draw) -> None:
 def test_words(small: Mllama) -> None:
     tokenizer = small.tokenizer
     assert tokenizer is not None
-    text = "South gate, 95 – ä\nok "
+    text = "South gate, 95 – ä\n\nok "
     words = words_of(tokens := tokenizer.encode(text, specials=False), tokenizer)
     assert [word for word, _ in words] == text.split()
-    assert [place for _, places in words for place in places] == list(range(len(tokens) - 1))  # the last is blank
+    spelled = [tokenizer.decode([tokens[place] for place in places]).strip() for _, places in words]
+    assert spelled == text.split()
 
 
 def test_several_pictures_each_have_their_heat(small: Mllama, picture: Draw) -> None:
@@ -104,6 +105,11 @@ def test_nothing_to_look_at(small: Mllama, content: Any, answer: str, message: s
         small.look([{"role": "user", "content": content}], answer)
 
 
+def test_a_line_of_pixels_can_be_drawn(small: Mllama) -> None:
+    content = [{"type": "image", "image": Image.new("RGB", (600, 1), "red")}, {"type": "text", "text": "?"}]
+    assert small.look([{"role": "user", "content": content}], "red").draw().width > 224
+
+
 def test_command_line(small_directory: Path, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo, drawn = tmp_path / "photo.png", tmp_path / "look.png"
     picture(1).save(photo)
@@ -115,6 +121,7 @@ def test_command_line(small_directory: Path, picture: Draw, tmp_path: Path, caps
     for argv, message in (
         ([*ask, "--look", str(tmp_path / "look.txt")], "expected the name of a .png file, got .txt"),
         ([*ask, "--look", str(tmp_path / "no" / "look.png")], "cannot write there; expected a folder that exists"),
+        ([*ask, "--look", str(tmp_path)], "expected the name of a .png file"),
         (["generate", "Hello", "--look", str(drawn)], "--look shows where on a picture an answer looked; give --image"),
     ):
         assert main(argv) == 2

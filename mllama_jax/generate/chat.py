@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mllama_jax.config import MllamaConfig
+from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import bucket, check_rows
@@ -56,7 +57,10 @@ class Chat:
 
         Raises InputError and leaves the conversation as it was where the message or a setting cannot be used.
         """
-        answer = self._start(SamplingParams(**settings))
+        params = SamplingParams(**settings)
+        if params.n != 1:
+            raise InputError(f"n must be 1 in a chat, got {params.n}")
+        answer = self._start(params)
         user = {"role": "user", "content": content}
         prompt = self._prompt([*self.messages, user])
         check_rows(self.config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])

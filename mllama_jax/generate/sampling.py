@@ -170,6 +170,9 @@ class Settings:
             return jnp.asarray(np.array([getattr(row, field) for row in rows], dtype))
 
         lists = [tuple(stops) if row.stop_ids is None else row.stop_ids for row in rows]
+        beyond = max((token for row in rows for token in row.stop_ids or ()), default=0)
+        if beyond >= vocab:
+            raise InputError(f"stop_ids must name ids below {vocab}, got {beyond}")
         table = np.full((len(rows), max(map(len, lists)) or 1), -1, np.int32)
         for line, ids in zip(table, lists, strict=True):
             line[: len(ids)] = ids

@@ -1,4 +1,4 @@
-"""How the checkpoint that ships is made: `python -m mllama_jax.train.pictures.recipe OUT`.
+"""How the checkpoint that ships is made, in the three stages that README lists.
 
 A small Llama 3.2 Vision with everything the large ones have (several tiles, gated global layers, tapped features and
 cross-attention layers), trained from nothing on pictures drawn as it goes.
