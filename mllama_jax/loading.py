@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import load_parameters, paths, read_config
+from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
@@ -42,25 +43,37 @@ def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | 
     config = read_config(checkpoint)
     tokenizer, template = _tokenizer(directory, config), load_template(directory)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
-    params = load_parameters(checkpoint, config, _placer(config, jnp.dtype(dtype), rules))
+    params = load_parameters(parameters(checkpoint, config), _placer(config, jnp.dtype(dtype), rules))
     model = MllamaModel(config, jnp.dtype(dtype), rules) if rules else MllamaModel(config, jnp.dtype(dtype))
     return Mllama(model, params, tokenizer, template, directory)
 
 
+Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+
 def _placer(
     config: MllamaConfig, dtype: np.dtype, rules: Rules | None
-) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """A function that casts a parameter and puts it where the rules say."""
+) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
+    """A function that puts a parameter where the rules say, reading what this process's devices hold of it."""
     names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
 
-    def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
-        sharding = rules.sharding(*names[path]) if rules else None
+    def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
+        @functools.lru_cache(maxsize=1)  # replicas come one after another
+        def piece(bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
+            return read(tuple(slice(*each) for each in bounds)).astype(dtype, copy=False)
+
+        if rules is None:
+            return jax.device_put(piece(((None, None),) * len(shape)))
+        sharding = rules.sharding(*names[path])
         try:
-            return jax.device_put(value.astype(dtype, copy=False), sharding)
+            sharding.shard_shape(shape)
         except ValueError:
             raise InputError(
-                f"{'/'.join(path)}: shape {list(value.shape)} does not divide over {sharding}; take a smaller mesh"
+                f"{'/'.join(path)}: shape {list(shape)} does not divide over {sharding}; take a smaller mesh"
             ) from None
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index))
+        )
 
     return put
 

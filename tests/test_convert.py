@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 import mllama_jax
 from mllama_jax import MllamaConfig
 from mllama_jax.config import RopeScaling
-from mllama_jax.convert.apply import load_parameters, read_config
+from mllama_jax.convert.apply import load_parameters, parameters, read_config
+from mllama_jax.convert.axes import everything
 from mllama_jax.convert.export import meta_params, write_hf, write_meta
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
@@ -29,7 +30,8 @@ DTYPES = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16))
 def read(directory: Path) -> tuple[MllamaConfig, Params]:
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint)
-    return config, load_parameters(checkpoint, config, lambda path, value: np.array(value))
+    read_all = load_parameters(parameters(checkpoint, config), lambda path, shape, read: np.array(read(everything(shape))))
+    return config, read_all
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
