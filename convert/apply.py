@@ -52,6 +52,7 @@ class Parameter:
     shape: Shape
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
+    mixed: bool = False  # whether it is made of tensors of several dtypes, of which `dtype` is the widest
 
     @classmethod
     def of(cls, value: Any) -> Parameter:
@@ -84,10 +85,9 @@ def parameters(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Param
     for row in table(config):
         source, shape = row.source(checkpoint.layout), shapes[row.target]
         raw = [names[name] for name in source.names]
-        dtype = functools.reduce(np.promote_types, (checkpoint.dtypes[name] for name in raw))
-        found[row.target] = Parameter(
-            shape, np.dtype(dtype), functools.partial(_read, checkpoint, row, source, raw, shape)
-        )
+        kinds = {checkpoint.dtypes[name] for name in raw}
+        read = functools.partial(_read, checkpoint, row, source, raw, shape)
+        found[row.target] = Parameter(shape, functools.reduce(np.promote_types, kinds), read, len(kinds) > 1)
     return found
 
 
@@ -172,7 +172,7 @@ def tensors(
             made[name] = LazyArray(lengths, kind, make)
     if layout == "meta":
         for name, value in extras.items():
-            if name.endswith(_DERIVED):
+            if name in _DERIVED:
                 made[name] = LazyArray(value.shape, value.dtype, lambda value=value: value)
     return made
 
@@ -203,14 +203,14 @@ def _shard(name: str, shape: Shape, shard: int, shards: int) -> Index:
 
 
 Extras = Mapping[str, np.ndarray]
-_DERIVED = "rope.freqs"  # a table that follows from the configuration; releases hold it all the same
+_DERIVED = ("rope.freqs", "text_model.rope.freqs")  # follow from the configuration; releases hold them all the same
 
 
 def extras(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, np.ndarray]:
     """What Meta's layout holds beyond our parameters: the cells of the tile tables that no picture reaches, [8, ...] by
     our parameter's name, and rotary frequencies by theirs. Our layout keeps them in a file beside."""
     if checkpoint.layout == "orbax":
-        return dict(checkpoint.extras)
+        return checkpoint.extras()
     found = {}
     if checkpoint.layout == "meta":
         for row in table(config):
@@ -219,7 +219,7 @@ def extras(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, np.ndarray
                 grid = einops.rearrange(checkpoint.parts(name)[0], pattern)
                 found[row.name] = np.stack([grid[cell] for cell in UNREACHABLE])
         for name in checkpoint.shapes:
-            if name.endswith(_DERIVED):
+            if name in _DERIVED:
                 found[name] = np.array(checkpoint.parts(name)[0])
     return found
 
@@ -236,7 +236,7 @@ def _canonical_names(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, 
             for new, old in RENAMED.items():
                 if name.startswith(new):
                     canonical = old + name[len(new) :]
-        if not name.endswith(_DERIVED):
+        if name not in _DERIVED:
             if canonical in names:
                 raise InputError(f"{checkpoint.directory}: {name!r} and {names[canonical]!r} are one tensor twice")
             names[canonical] = name

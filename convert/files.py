@@ -67,6 +67,12 @@ class Region:
     strides: tuple[int, ...] | None = None
 
 
+class Tensors(Protocol):
+    """Named tensors that are read when they are used."""
+
+    def read(self, name: str) -> Any: ...
+
+
 class TensorFile:
     """A mapped file of named tensors. Nothing is read until a view is used, and views are read-only."""
 

@@ -1,0 +1,290 @@
+"""`convert`: any layout into any other, tensor by tensor, so that it can be stopped and go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllama_jax.config import MllamaConfig
+from mllama_jax.convert.apply import (
+    Extras,
+    Parameters,
+    extras,
+    has_new_names,
+    parameters,
+    read_config,
+    renamed,
+    tensors,
+)
+from mllama_jax.convert.export import hf_files, meta_params
+from mllama_jax.convert.files import ArrayLike, LazyArray, nbytes
+from mllama_jax.convert.manifest import DTYPES, EXTRA, digest_of
+from mllama_jax.convert.orbax import write_arrays, write_index
+from mllama_jax.convert.progress import Progress
+from mllama_jax.convert.pth import write_pth
+from mllama_jax.convert.safetensors import write_safetensors
+from mllama_jax.convert.sources import Checkpoint, open_checkpoint
+from mllama_jax.convert.store import Store
+from mllama_jax.convert.table import Layout, table
+from mllama_jax.errors import InputError
+
+# Files that say nothing of the weights and go along as they are.
+_LICENCE = ("LICENSE", "LICENSE.txt", "USE_POLICY.md")
+_CARRIED = {
+    "meta": ("tokenizer.model", *_LICENCE),
+    "hf": (
+        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+        *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
+        *("generation_config.json", *_LICENCE),
+    ),
+}
+_CARRIED["orbax"] = _CARRIED["hf"]
+_HF_FILE = 5 * 10**9  # bytes of a safetensors file, as transformers splits them
+_SPARE = 2**20  # for the files beside the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is written: parameters and configuration, and what the source says beside them."""
+
+    parameters: Parameters
+    config: MllamaConfig
+    extras: Extras
+    hf_names: str  # generation of Hugging Face's tensor names: "4.45" or "4.52"
+    json: Mapping[str, dict[str, Any]]  # config.json and params.json of the source, as far as they still hold
+    carried: Mapping[str, bytes]  # other files by name
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: Layout,
+    dtype: str | None = None,
+    shards: int = 1,
+) -> dict[str, Any]:
+    """Write the checkpoint `source` in another layout into the new or empty directory `target`.
+
+    A run that was stopped is finished by the same call; what it wrote is kept, and the result is the same to the byte.
+
+    Args:
+        to: "orbax" (ours), "hf" or "meta".
+        dtype: of all tensors, "bfloat16", "float32" or "float16", rounded to nearest even; None keeps each tensor's.
+        shards: number of Meta's model-parallel files: 1, 2, 4 or 8.
+
+    Returns:
+        What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds.
+
+    Raises:
+        InputError: the source, the target or an argument cannot be used; the disk is full.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if shards not in (1, 2, 4, 8) or (shards > 1 and to != "meta"):
+        raise InputError(f"shards must be 1, 2, 4 or 8, and 1 but for Meta's layout, got {shards} for {to!r}")
+    start = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    model = _model(checkpoint)
+    kind = DTYPES[dtype] if dtype else None
+    _check_dtypes(checkpoint, model, kind)
+    plan = _PLANS[to](model, kind, shards)
+    job = {"from": str(Path(source).absolute()), "to": to, "dtype": dtype, "shards": shards} | {
+        "fingerprint": _fingerprint(checkpoint)
+    }
+    store = Store(target)
+    title = f"{checkpoint.layout} -> {to}"
+    with _full_disk(store), _progress(store, job, plan.sizes, title) as done:
+        plan.write(store, done)
+        done.finish()
+    return {
+        "source": str(source),
+        "target": str(target),
+        "from": checkpoint.layout,
+        "to": to,
+        "tensors": len(plan.sizes),
+        "bytes": sum(plan.sizes.values()),
+        "resumed": done.resumed,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def _model(checkpoint: Checkpoint) -> Model:
+    config = read_config(checkpoint)
+    if checkpoint.layout == "orbax":
+        hf_names = checkpoint.manifest["hf_names"]
+    else:
+        hf_names = "4.52" if has_new_names(checkpoint) else "4.45"
+    jsons = {"config.json": checkpoint.config_json, "params.json": checkpoint.params_json}
+    carried = {}
+    for name in dict.fromkeys(name for names in _CARRIED.values() for name in names):
+        with contextlib.suppress(FileNotFoundError):
+            carried[name] = (Path(checkpoint.directory) / name).read_bytes()
+    return Model(parameters(checkpoint, config), config, extras(checkpoint, config), hf_names, jsons, carried)
+
+
+def _check_dtypes(checkpoint: Checkpoint, model: Model, dtype: np.dtype | None) -> None:
+    """Without a dtype to convert to, the parts of each parameter must have one, and one that every layout has."""
+    if dtype is not None:
+        return
+    for row in table(model.config):
+        parameter = model.parameters[row.target]
+        if parameter.dtype.name not in DTYPES or parameter.mixed:
+            raise InputError(
+                f"{checkpoint.directory}: {row.source(checkpoint.layout).names[0]}: expected one of {', '.join(DTYPES)} "
+                f"in all tensors of {row.name}, got {parameter.dtype}; name the --dtype to convert to"
+            )
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Changes when the source does: names, shapes, and sizes and times of its files."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(checkpoint.directory).iterdir()]
+    shapes = [(name, shape, str(checkpoint.dtypes[name])) for name, shape in checkpoint.shapes.items()]
+    return digest_of(json.dumps([sorted(files), shapes]).encode())
+
+
+def _progress(store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str) -> Progress:
+    """The conversion's progress, once there is room for what is left of it."""
+    progress = Progress(store, job, sizes, title)
+    left = sum(size for key, size in sizes.items() if progress.get(key) is None) + _SPARE
+    if not store.remote and (free := shutil.disk_usage(store.location).free) < left:
+        raise InputError(
+            f"{store.location}: {left / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; "
+            "make room, then run the same command again"
+        )
+    return progress
+
+
+@contextlib.contextmanager
+def _full_disk(store: Store):
+    """A disk's refusal in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        kept = "; what is written stays: make room and run the same command again"
+        raise InputError(
+            f"{error.filename or store.location}: cannot be written: {error.strerror}"
+            f"{kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}"
+        ) from None
+
+
+# ---- Targets ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`sizes` has the bytes of each tensor by its key; `write` writes those that are not done, and all other files."""
+
+    sizes: Mapping[str, int]
+    write: Callable[[Store, Progress], None]
+
+
+def _to_orbax(model: Model, dtype: np.dtype | None, _: int) -> Plan:
+    sizes = {name: nbytes(array) for name, array in tensors(model.parameters, model.config, "orbax", dtype).items()}
+    kept = {n: v if dtype is None or v.ndim == 1 else v.astype(dtype) for n, v in model.extras.items()}
+    files = {
+        **_hf_side_files(model, dtype),
+        **({"params.json": _json(model.json["params.json"])} if model.json["params.json"] else {}),
+    }
+
+    def write(store: Store, done: Progress) -> None:
+        write_arrays(store, model.parameters, model.config, dtype, kept, done)
+        write_index(store, model.parameters, files, model.hf_names, done)
+
+    return Plan(sizes | {EXTRA + name: value.nbytes for name, value in kept.items()}, write)
+
+
+def _to_hf(model: Model, dtype: np.dtype | None, _: int) -> Plan:
+    made = tensors(model.parameters, model.config, "hf", dtype)
+    if model.hf_names == "4.52" and model.config.vision is not None:
+        made = {renamed(name): tensor for name, tensor in made.items()}
+    files = _split(made)
+    index = {
+        "metadata": {"total_size": sum(map(nbytes, made.values()))},
+        "weight_map": {name: file for file, held in files.items() for name in held},
+    }
+
+    def write(store: Store, done: Progress) -> None:
+        for file, held in files.items():
+            _once(store, done, file, held, lambda path, d, held=held: write_safetensors(path, held, {"format": "pt"}, d))
+        if len(files) > 1:
+            store.write("model.safetensors.index.json", _json(index))
+        for name, content in _hf_side_files(model, dtype).items():
+            store.write(name, content)
+
+    return Plan({f"{file}/{name}": nbytes(t) for file, held in files.items() for name, t in held.items()}, write)
+
+
+def _split(made: dict[str, LazyArray]) -> dict[str, dict[str, LazyArray]]:
+    """Tensors by file, none above `_HF_FILE`."""
+    files: list[dict[str, LazyArray]] = [{}]
+    for name, tensor in made.items():
+        if files[-1] and sum(map(nbytes, files[-1].values())) + nbytes(tensor) > _HF_FILE:
+            files.append({})
+        files[-1][name] = tensor
+    if len(files) == 1:
+        return {"model.safetensors": made}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": held for i, held in enumerate(files, start=1)}
+
+
+def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
+    params = model.json["params.json"] or meta_params(model.config)
+    parts = {
+        f"consolidated.{shard:02d}.pth": tensors(
+            model.parameters, model.config, "meta", dtype, model.extras, shard, shards
+        )
+        for shard in range(shards)
+    }
+    carried = {name: model.carried[name] for name in _CARRIED["meta"] if name in model.carried}
+
+    def write(store: Store, done: Progress) -> None:
+        for file, held in parts.items():
+            _once(store, done, file, held, lambda path, d, held=held: write_pth(path, held, d))
+        for name, content in {**carried, "params.json": _json(params)}.items():
+            store.write(name, content)
+
+    return Plan({f"{file}/{name}": nbytes(t) for file, held in parts.items() for name, t in held.items()}, write)
+
+
+def _once(
+    store: Store, done: Progress, file: str, held: Mapping[str, ArrayLike], write: Callable[[Path, Any], None]
+) -> None:
+    """Write one file of tensors, unless it has its name already."""
+    if store.remote:
+        raise InputError(f"{store.location}: Hugging Face's and Meta's files are written to disks only; choose orbax")
+    path = Path(store.location) / file
+    if not path.exists():
+        write(path, done.within(file))
+
+
+def _hf_side_files(model: Model, dtype: np.dtype | None) -> dict[str, bytes]:
+    """What stands beside the weights in Hugging Face's layout; config.json, without which it is none, last."""
+    name = (dtype or model.parameters[("text", "embedding")].dtype).name
+    made = hf_files(model.config, name)
+    if kept := model.json["config.json"]:
+        made["config.json"] = kept | {key: name for key in ("torch_dtype", "dtype") if key in kept}
+    files = {file: _json(content) for file, content in made.items()}
+    files |= {file: model.carried[file] for file in _CARRIED["hf"] if file in model.carried}
+    return files | {"config.json": files.pop("config.json")}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+_PLANS: dict[Layout, Callable[[Model, np.dtype | None, int], Plan]] = {
+    "orbax": _to_orbax,
+    "hf": _to_hf,
+    "meta": _to_meta,
+}
