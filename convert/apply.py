@@ -91,9 +91,7 @@ def parameters(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Param
     return found
 
 
-def _read(
-    checkpoint: Checkpoint, row: Row, source: Source, names: list[str], shape: Shape, index: Index
-) -> np.ndarray:
+def _read(checkpoint: Checkpoint, row: Row, source: Source, names: list[str], shape: Shape, index: Index) -> np.ndarray:
     """A slice of our parameter of `shape` from the tensors of which it is made."""
     if checkpoint.layout == "orbax":
         return np.asarray(checkpoint.parts(names[0])[0][index])
@@ -197,8 +195,7 @@ def _shard(name: str, shape: Shape, shard: int, shards: int) -> Index:
     if axis is not None and shape[axis] % shards:
         raise InputError(f"{name}: {list(shape)} does not divide into {shards} shards along axis {axis}")
     return tuple(
-        slice(shard * n // shards, (shard + 1) * n // shards) if i == axis else slice(0, n)
-        for i, n in enumerate(shape)
+        slice(shard * n // shards, (shard + 1) * n // shards) if i == axis else slice(0, n) for i, n in enumerate(shape)
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -29,9 +30,10 @@ from mllama_jax.convert.store import Store, explained
 from mllama_jax.convert.table import table
 from mllama_jax.model.mllama import abstract_parameters
 
-# Chunks are the least that can be read. What a mesh may split is cut into at most 16, as far as chunks keep a quarter of
-# a megabyte.
+# Chunks are the least that can be read. What a mesh may split is cut into at most 16, as far as chunks keep a quarter
+# of a megabyte.
 _PIECES, _SMALLEST = 16, 2**18
+_IN_FLIGHT = 2**25  # bytes of small arrays that go to disk together; of large ones only one does
 
 
 def write_arrays(
@@ -56,18 +58,18 @@ def write_arrays(
         digest = digest_of(array_bytes(name, value))
         done.add(name, {"dtype": value.dtype.name, "shape": list(value.shape), "sha256": digest})
 
-    with ThreadPoolExecutor(1) as disk:
-        pending: Future[None] | None = None
+    waiting: deque[tuple[Future[None], int]] = deque()
+    with ThreadPoolExecutor() as disk:
         for path, parameter in parameters.items():
             name = ".".join(path)
             if done.get(name) is None:
                 value = np.ascontiguousarray(parameter.whole().astype(dtype or parameter.dtype, copy=False))
-                if pending is not None:
-                    pending.result()
+                while waiting and sum(size for _, size in waiting) + value.nbytes > _IN_FLIGHT:
+                    waiting.popleft()[0].result()
                 chunk = _chunk(value.shape, value.dtype.itemsize, names[path], stacks[path])
-                pending = disk.submit(write, name, value, chunk)
-        if pending is not None:
-            pending.result()
+                waiting.append((disk.submit(write, name, value, chunk), value.nbytes))
+        for future, _ in waiting:
+            future.result()
     for name, value in extras.items():
         if done.get(EXTRA + name) is None:
             write(EXTRA + name, value, list(value.shape))
@@ -86,7 +88,9 @@ def _chunk(shape: Shape, itemsize: int, names: tuple[str | None, ...], stack: in
     return chunk
 
 
-def write_index(store: Store, parameters: Parameters, files: Mapping[str, bytes], hf_names: str, done: Progress) -> None:
+def write_index(
+    store: Store, parameters: Parameters, files: Mapping[str, bytes], hf_names: str, done: Progress
+) -> None:
     """Write the files that stand beside the arrays, and, last, what makes the directory a checkpoint."""
     tree = {"tree_metadata": {str(path): _tree_entry(path) for path in parameters}}
     tree |= {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}

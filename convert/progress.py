@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -73,6 +74,8 @@ class Progress:
             if key != _JOB:
                 self.store.delete(key)
         self.store.delete(_JOB)
+        if not self.store.remote:
+            os.rmdir(os.path.join(self.store.location, _FOLDER))
 
     def __enter__(self) -> Progress:
         return self

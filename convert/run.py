@@ -27,7 +27,7 @@ from mllama_jax.convert.apply import (
     tensors,
 )
 from mllama_jax.convert.export import hf_files, meta_params
-from mllama_jax.convert.files import ArrayLike, LazyArray, nbytes
+from mllama_jax.convert.files import LazyArray, nbytes
 from mllama_jax.convert.manifest import DTYPES, EXTRA, digest_of
 from mllama_jax.convert.orbax import write_arrays, write_index
 from mllama_jax.convert.progress import Progress
@@ -140,8 +140,8 @@ def _check_dtypes(checkpoint: Checkpoint, model: Model, dtype: np.dtype | None) 
         parameter = model.parameters[row.target]
         if parameter.dtype.name not in DTYPES or parameter.mixed:
             raise InputError(
-                f"{checkpoint.directory}: {row.source(checkpoint.layout).names[0]}: expected one of {', '.join(DTYPES)} "
-                f"in all tensors of {row.name}, got {parameter.dtype}; name the --dtype to convert to"
+                f"{checkpoint.directory}: expected one of {', '.join(DTYPES)} in all of "
+                f"{', '.join(row.source(checkpoint.layout).names)}, got {parameter.dtype}; name the --dtype to convert to"
             )
 
 
@@ -217,7 +217,8 @@ def _to_hf(model: Model, dtype: np.dtype | None, _: int) -> Plan:
 
     def write(store: Store, done: Progress) -> None:
         for file, held in files.items():
-            _once(store, done, file, held, lambda path, d, held=held: write_safetensors(path, held, {"format": "pt"}, d))
+            if path := _unwritten(store, file):
+                write_safetensors(path, held, {"format": "pt"}, done.within(file))
         if len(files) > 1:
             store.write("model.safetensors.index.json", _json(index))
         for name, content in _hf_side_files(model, dtype).items():
@@ -250,22 +251,20 @@ def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
 
     def write(store: Store, done: Progress) -> None:
         for file, held in parts.items():
-            _once(store, done, file, held, lambda path, d, held=held: write_pth(path, held, d))
+            if path := _unwritten(store, file):
+                write_pth(path, held, done.within(file))
         for name, content in {**carried, "params.json": _json(params)}.items():
             store.write(name, content)
 
     return Plan({f"{file}/{name}": nbytes(t) for file, held in parts.items() for name, t in held.items()}, write)
 
 
-def _once(
-    store: Store, done: Progress, file: str, held: Mapping[str, ArrayLike], write: Callable[[Path, Any], None]
-) -> None:
-    """Write one file of tensors, unless it has its name already."""
+def _unwritten(store: Store, file: str) -> Path | None:
+    """Where to write a file of tensors; None if it is there: it has its name only once it is whole."""
     if store.remote:
         raise InputError(f"{store.location}: Hugging Face's and Meta's files are written to disks only; choose orbax")
     path = Path(store.location) / file
-    if not path.exists():
-        write(path, done.within(file))
+    return None if path.exists() else path
 
 
 def _hf_side_files(model: Model, dtype: np.dtype | None) -> dict[str, bytes]:

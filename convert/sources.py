@@ -1,5 +1,6 @@
 """A checkpoint directory in Hugging Face's or Meta's layout as one set of named tensors, none of them read yet."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,9 @@ def meta_split(name: str) -> int | None:
     return 1 if module in _ROW_PARALLEL and kind == "weight" else None
 
 
-def open_checkpoint(directory: str | Path, split_dim: Callable[[str], int | None] = meta_split) -> Checkpoint:
+def open_checkpoint(
+    directory: str | os.PathLike[str], split_dim: Callable[[str], int | None] = meta_split
+) -> Checkpoint:
     """Opens a Hugging Face directory (model.safetensors, or an index with its shards, and config.json), a release
     directory of Meta's (consolidated.pth, or consolidated.00.pth and so on, and params.json), or one of ours.
 
@@ -134,7 +137,7 @@ def _open_ours(directory: Path) -> Checkpoint:
         shapes={name: arrays.shape(name) for name in names},
         dtypes={name: arrays.dtype(name) for name in names},
         split_dim=lambda name: None,
-        files=dict.fromkeys(names, [arrays]),
+        files={name: [arrays] for name in names},
         config_json=read_json(config),
         generation_json=read_json(generation) if generation.exists() else {},
         params_json=read_json(params) if params.exists() else {},

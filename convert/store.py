@@ -45,19 +45,15 @@ class Store:
 
     def keys(self, prefix: str = "") -> list[str]:
         """Every key that begins with `prefix`, sorted."""
+        behind = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # "" is the end of all
         with explained(self.location):
-            return sorted(key.decode() for key in self._files.list(ts.KvStore.KeyRange(prefix, _after(prefix))).result())
+            return sorted(key.decode() for key in self._files.list(ts.KvStore.KeyRange(prefix, behind)).result())
 
     def array(self, name: str, **spec: Any) -> ts.TensorStore:
         """Opens the Zarr array `name`; `spec` as TensorStore takes it."""
         where = f"{self.location}/{name}"
         with explained(where):
             return ts.open({"driver": "zarr3", "kvstore": f"{self.url}{name}/"} | spec).result()
-
-
-def _after(prefix: str) -> str:
-    """The first key behind all that begin with `prefix`; "" is the end."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
 
 
 @contextmanager

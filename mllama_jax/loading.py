@@ -16,6 +16,7 @@ from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
 from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.processing.chat import load_template
@@ -25,13 +26,18 @@ from mllama_jax.sharding.rules import SERVE, Rules
 DTYPES = ("bfloat16", "float32", "float16")
 
 
-def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Mllama:
+def load(
+    path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None, verify: bool = False
+) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
     Args:
-        path: a Hugging Face directory (key names from before or after transformers 4.52) or a Meta release directory.
+        path: a Hugging Face directory (key names from before or after transformers 4.52), a Meta release directory, or
+            one that `mllama convert` wrote.
         dtype: of the parameters and the computation; "float32" also means float32 products.
-        mesh: with axes data, kv and q, to spread the parameters over; the default device otherwise.
+        mesh: with axes data, kv and q, to spread the parameters over, each process reading what its devices hold; the
+            default device otherwise.
+        verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
 
     Raises:
         InputError: the directory, its config or its tensors cannot be used.
@@ -40,6 +46,10 @@ def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | 
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directory = Path(path)
     checkpoint = open_checkpoint(directory)
+    if verify and checkpoint.layout != "orbax":
+        raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
+    if verify:
+        check(path)
     config = read_config(checkpoint)
     tokenizer, template = _tokenizer(directory, config), load_template(directory)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
@@ -72,7 +82,7 @@ def _placer(
                 f"{'/'.join(path)}: shape {list(shape)} does not divide over {sharding}; take a smaller mesh"
             ) from None
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index))
+            shape, sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
         )
 
     return put

@@ -30,8 +30,8 @@ DTYPES = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16))
 def read(directory: Path) -> tuple[MllamaConfig, Params]:
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint)
-    read_all = load_parameters(parameters(checkpoint, config), lambda path, shape, read: np.array(read(everything(shape))))
-    return config, read_all
+    found = parameters(checkpoint, config)
+    return config, load_parameters(found, lambda path, shape, read: np.array(read(everything(shape))))
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
