@@ -140,8 +140,8 @@ def _check_dtypes(checkpoint: Checkpoint, model: Model, dtype: np.dtype | None) 
         parameter = model.parameters[row.target]
         if parameter.dtype.name not in DTYPES or parameter.mixed:
             raise InputError(
-                f"{checkpoint.directory}: expected one of {', '.join(DTYPES)} in all of "
-                f"{', '.join(row.source(checkpoint.layout).names)}, got {parameter.dtype}; name the --dtype to convert to"
+                f"{checkpoint.directory}: {' and '.join(row.source(checkpoint.layout).names)}: expected one dtype, "
+                f"of {', '.join(DTYPES)}, got {parameter.dtype}; name the --dtype to convert to"
             )
 
 
@@ -225,6 +225,15 @@ def _to_hf(model: Model, dtype: np.dtype | None, _: int) -> Plan:
             store.write(name, content)
 
     return Plan({f"{file}/{name}": nbytes(t) for file, held in files.items() for name, t in held.items()}, write)
+
+
+def write_hugging_face(model: Model, directory: Path) -> None:
+    """Write `model` without more ado: not resumable."""
+    store = Store(directory)
+    plan = _to_hf(model, None, 1)
+    with Progress(store, {}, plan.sizes, "writing") as done:
+        plan.write(store, done)
+        done.finish()
 
 
 def _split(made: dict[str, LazyArray]) -> dict[str, dict[str, LazyArray]]:
