@@ -228,18 +228,22 @@ def _canonical_names(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, 
     """Names as the table has them -> names as the files have them."""
     names = {}
     for name in checkpoint.shapes:
-        canonical = name
-        if checkpoint.layout == "hf" and config.vision is not None:
-            for new, old in RENAMED.items():
-                if name.startswith(new):
-                    canonical = old + name[len(new) :]
         if name not in _DERIVED:
-            if canonical in names:
-                raise InputError(f"{checkpoint.directory}: {name!r} and {names[canonical]!r} are one tensor twice")
-            names[canonical] = name
+            known = canonical(name) if checkpoint.layout == "hf" and config.vision is not None else name
+            if known in names:
+                raise InputError(f"{checkpoint.directory}: {name!r} and {names[known]!r} are one tensor twice")
+            names[known] = name
     if config.text.tied:
         names.pop("lm_head.weight", None)
     return names
+
+
+def canonical(name: str) -> str:
+    """A tensor's name in the table, from that of any release of transformers."""
+    for new, old in RENAMED.items():
+        if name.startswith(new):
+            return old + name[len(new) :]
+    return name
 
 
 def renamed(name: str) -> str:

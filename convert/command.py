@@ -19,6 +19,9 @@ def add_commands(commands: Any) -> None:
     convert.add_argument("--to", choices=LAYOUTS, default="orbax", help="orbax (ours, default), hf or meta")
     convert.add_argument("--dtype", help="bfloat16, float32 or float16; each tensor's own by default")
     convert.add_argument("--shards", type=int, default=1, help="Meta's model-parallel files: 1, 2, 4 or 8")
+    convert.add_argument("--text-only", action="store_true", help="the decoder alone, a plain Llama 3.1 model")
+    convert.add_argument("--text-from", metavar="DIR", help="take the decoder from this text-only checkpoint")
+    convert.add_argument("--lora", metavar="DIR", help="merge this LoRA adapter (PEFT's safetensors layout)")
     convert.set_defaults(run=_convert)
 
     verify = commands.add_parser("verify", help="check a checkpoint against its manifest; count NaN and infinity")
@@ -32,7 +35,8 @@ def add_commands(commands: Any) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from mllama_jax.convert.run import convert
 
-    report = convert(args.source, args.target, to=args.to, dtype=args.dtype, shards=args.shards)
+    names = ("to", "dtype", "shards", "text_only", "text_from", "lora")
+    report = convert(args.source, args.target, **{name: getattr(args, name) for name in names})
     if args.json:
         print(json.dumps(report))
         return

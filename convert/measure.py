@@ -28,7 +28,8 @@ import numpy as np
 from mllama_jax.config import PRESETS
 from mllama_jax.convert.apply import Parameter, paths
 from mllama_jax.convert.axes import Index
-from mllama_jax.convert.run import Model, write_hugging_face
+from mllama_jax.convert.model import Model
+from mllama_jax.convert.run import write_hugging_face
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import abstract_parameters
 

@@ -15,54 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import (
-    Extras,
-    Parameters,
-    extras,
-    has_new_names,
-    parameters,
-    read_config,
-    renamed,
-    tensors,
-)
+from mllama_jax.convert import edits
+from mllama_jax.convert.apply import renamed, tensors
 from mllama_jax.convert.export import hf_files, meta_params
 from mllama_jax.convert.files import LazyArray, nbytes
 from mllama_jax.convert.manifest import DTYPES, EXTRA, digest_of
+from mllama_jax.convert.model import CARRIED, Model, read_model
 from mllama_jax.convert.orbax import write_arrays, write_index
 from mllama_jax.convert.progress import Progress
 from mllama_jax.convert.pth import write_pth
 from mllama_jax.convert.safetensors import write_safetensors
-from mllama_jax.convert.sources import Checkpoint, open_checkpoint
+from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.convert.store import Store
 from mllama_jax.convert.table import Layout, table
 from mllama_jax.errors import InputError
 
-# Files that say nothing of the weights and go along as they are.
-_LICENCE = ("LICENSE", "LICENSE.txt", "USE_POLICY.md")
-_CARRIED = {
-    "meta": ("tokenizer.model", *_LICENCE),
-    "hf": (
-        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-        *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
-        *("generation_config.json", *_LICENCE),
-    ),
-}
-_CARRIED["orbax"] = _CARRIED["hf"]
 _HF_FILE = 5 * 10**9  # bytes of a safetensors file, as transformers splits them
 _SPARE = 2**20  # for the files beside the weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What is written: parameters and configuration, and what the source says beside them."""
-
-    parameters: Parameters
-    config: MllamaConfig
-    extras: Extras
-    hf_names: str  # generation of Hugging Face's tensor names: "4.45" or "4.52"
-    json: Mapping[str, dict[str, Any]]  # config.json and params.json of the source, as far as they still hold
-    carried: Mapping[str, bytes]  # other files by name
 
 
 def convert(
@@ -72,6 +41,9 @@ def convert(
     to: Layout,
     dtype: str | None = None,
     shards: int = 1,
+    text_only: bool = False,
+    text_from: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `source` in another layout into the new or empty directory `target`.
 
@@ -81,6 +53,9 @@ def convert(
         to: "orbax" (ours), "hf" or "meta".
         dtype: of all tensors, "bfloat16", "float32" or "float16", rounded to nearest even; None keeps each tensor's.
         shards: number of Meta's model-parallel files: 1, 2, 4 or 8.
+        text_only: leave out vision and cross-attention; what is left is a plain Llama 3.1 model.
+        text_from: directory of a text-only checkpoint whose decoder takes the place of the source's.
+        lora: directory of a LoRA adapter in PEFT's layout, which is added to the weights.
 
     Returns:
         What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds.
@@ -94,13 +69,20 @@ def convert(
         raise InputError(f"shards must be 1, 2, 4 or 8, and 1 but for Meta's layout, got {shards} for {to!r}")
     start = time.monotonic()
     checkpoint = open_checkpoint(source)
-    model = _model(checkpoint)
+    model = read_model(checkpoint)
+    if text_from is not None:
+        model = edits.with_text(model, read_model(open_checkpoint(text_from)), text_from)
+    if lora is not None:
+        model = edits.merge_lora(model, lora)
+    if text_only:
+        model = edits.text_only(model)
     kind = DTYPES[dtype] if dtype else None
-    _check_dtypes(checkpoint, model, kind)
+    if kind is None:
+        _check_dtypes(model)
     plan = _PLANS[to](model, kind, shards)
-    job = {"from": str(Path(source).absolute()), "to": to, "dtype": dtype, "shards": shards} | {
-        "fingerprint": _fingerprint(checkpoint)
-    }
+    job = {"from": str(Path(source).absolute()), "to": to, "dtype": dtype, "shards": shards, "text_only": text_only}
+    job |= {key: str(Path(value).absolute()) for key, value in (("text_from", text_from), ("lora", lora)) if value}
+    job["fingerprint"] = _fingerprint([Path(each) for each in (source, text_from, lora) if each is not None])
     store = Store(target)
     title = f"{checkpoint.layout} -> {to}"
     with _full_disk(store), _progress(store, job, plan.sizes, title) as done:
@@ -118,38 +100,21 @@ def convert(
     }
 
 
-def _model(checkpoint: Checkpoint) -> Model:
-    config = read_config(checkpoint)
-    if checkpoint.layout == "orbax":
-        hf_names = checkpoint.manifest["hf_names"]
-    else:
-        hf_names = "4.52" if has_new_names(checkpoint) else "4.45"
-    jsons = {"config.json": checkpoint.config_json, "params.json": checkpoint.params_json}
-    carried = {}
-    for name in dict.fromkeys(name for names in _CARRIED.values() for name in names):
-        with contextlib.suppress(FileNotFoundError):
-            carried[name] = (Path(checkpoint.directory) / name).read_bytes()
-    return Model(parameters(checkpoint, config), config, extras(checkpoint, config), hf_names, jsons, carried)
-
-
-def _check_dtypes(checkpoint: Checkpoint, model: Model, dtype: np.dtype | None) -> None:
+def _check_dtypes(model: Model) -> None:
     """Without a dtype to convert to, the parts of each parameter must have one, and one that every layout has."""
-    if dtype is not None:
-        return
     for row in table(model.config):
         parameter = model.parameters[row.target]
         if parameter.dtype.name not in DTYPES or parameter.mixed:
             raise InputError(
-                f"{checkpoint.directory}: {' and '.join(row.source(checkpoint.layout).names)}: expected one dtype, "
-                f"of {', '.join(DTYPES)}, got {parameter.dtype}; name the --dtype to convert to"
+                f"{' and '.join(row.hf.names)}: expected one dtype, of {', '.join(DTYPES)}, got "
+                f"{'several' if parameter.mixed else parameter.dtype}; name the --dtype to convert to"
             )
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Changes when the source does: names, shapes, and sizes and times of its files."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(checkpoint.directory).iterdir()]
-    shapes = [(name, shape, str(checkpoint.dtypes[name])) for name, shape in checkpoint.shapes.items()]
-    return digest_of(json.dumps([sorted(files), shapes]).encode())
+def _fingerprint(directories: list[Path]) -> str:
+    """Changes when a source does: names, sizes and times of its files."""
+    stats = [(path.name, path.stat()) for directory in directories for path in sorted(directory.iterdir())]
+    return digest_of(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
 
 
 def _progress(store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str) -> Progress:
@@ -256,7 +221,7 @@ def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
         )
         for shard in range(shards)
     }
-    carried = {name: model.carried[name] for name in _CARRIED["meta"] if name in model.carried}
+    carried = {name: model.carried[name] for name in CARRIED["meta"] if name in model.carried}
 
     def write(store: Store, done: Progress) -> None:
         for file, held in parts.items():
@@ -283,7 +248,7 @@ def _hf_side_files(model: Model, dtype: np.dtype | None) -> dict[str, bytes]:
     if kept := model.json["config.json"]:
         made["config.json"] = kept | {key: name for key in ("torch_dtype", "dtype") if key in kept}
     files = {file: _json(content) for file, content in made.items()}
-    files |= {file: model.carried[file] for file in _CARRIED["hf"] if file in model.carried}
+    files |= {file: model.carried[file] for file in CARRIED["hf"] if file in model.carried}
     return files | {"config.json": files.pop("config.json")}
 
 

@@ -10,19 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import numpy as np
 import pytest
 
 import mllama_jax
-from mllama_jax.convert.apply import insert, paths
 from mllama_jax.convert.export import write_hf
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.table import Layout
-from mllama_jax.model.mllama import abstract_parameters
 from tests.archives import fault
 from tests.conftest import SMALL
-from tests.test_convert import assert_same_tensors
+from tests.test_convert import assert_same_tensors, random_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,12 +31,7 @@ def tiny(directory: Path) -> Path:
     config = dataclasses.replace(
         SMALL, text=text, vision=dataclasses.replace(SMALL.vision, layers=1, global_layers=1, taps=(0,))
     )
-    rng = np.random.default_rng(0)
-    params: dict = {}
-    for path, leaf in paths(nn.unbox(abstract_parameters(config))).items():
-        table = path[-1] in ("table", "tiles")  # rows that disagree could not become Meta's
-        insert(params, path, np.zeros(leaf.shape) if table else rng.standard_normal(leaf.shape))
-    write_hf(directory, params, config, np.dtype("float32"))
+    write_hf(directory, random_params(config), config, np.dtype("float32"))
     return directory
 
 
