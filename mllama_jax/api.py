@@ -31,7 +31,7 @@ from mllama_jax.processing.tokenizer import Tokenizer
 Conversation = Sequence[Mapping[str, Any]]
 Images = Sequence[Sequence[Image.Image]]
 
-SCORES_AT_ONCE = 2**32  # bytes of one layer's attention scores when pictures are encoded together
+PICTURES_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,13 +160,9 @@ class Mllama:
 
     def _encode(self, pixels: np.ndarray, ratio_ids: np.ndarray) -> jax.Array:
         """Projected features [I, C, N, D] of preprocessed pictures, a few at a time."""
-        vision = self.config.vision
-        assert vision is not None
-        scores = 4 * vision.heads * (vision.max_tiles * vision.padded_tokens) ** 2
-        at_once = min(max(SCORES_AT_ONCE // scores, 1), 8)
         features = []
-        for start in range(0, len(pixels), at_once):
-            some, ids = pixels[start : start + at_once], ratio_ids[start : start + at_once]
+        for start in range(0, len(pixels), PICTURES_AT_ONCE):
+            some, ids = (each[start : start + PICTURES_AT_ONCE] for each in (pixels, ratio_ids))
             spare = bucket(len(some)) - len(some)
             some, ids = np.pad(some, ((0, spare), *((0, 0),) * 4)), np.pad(ids, (0, spare))
             features.append(decode.encode(self.model, self.params, some, ids)[: len(some) - spare])

@@ -107,16 +107,17 @@ class Chat:
         """What the conversation's pictures leave in the cross-attention caches; only new ones are encoded."""
         if not prompt.images:
             return None
-        kept, spans = [], []
+        vision, kept, spans = self.config.vision, [], []
+        assert vision is not None
         for image, span in zip(prompt.images, image_spans(prompt.tokens, self.config.image_token), strict=True):
             layers = self._picture(image)
             kept.append(layers)
-            spans += [span] * (layers[0].k.shape[1] // _tokens(self.config))
+            spans += [span] * (layers[0].k.shape[1] // vision.padded_tokens)
         layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *kept)
         missing = bucket(len(spans)) - len(spans)  # tiles that nobody sees, for fewer programs
-        width = missing * _tokens(self.config)
+        width = missing * vision.padded_tokens
         layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, width), (0, 0), (0, 0))), layers)
-        return CrossCache(layers, jnp.asarray([[*spans, *[(0, 0)] * missing]], jnp.int32))
+        return CrossCache(layers, jnp.asarray([[*spans, *[(0, 0)] * missing]], jnp.int32), vision.tokens)
 
     def _picture(self, image: Image.Image) -> tuple[KVCache, ...]:
         """A picture's keys and values in each cross-attention layer, padding tiles left out."""
@@ -129,11 +130,6 @@ class Chat:
             spans = np.zeros((*tiles.shape, 2), np.int32)
             self._pictures[key] = decode.keys_values(self._model, self._params, features, tiles, spans).layers
         return self._pictures[key]
-
-
-def _tokens(config: MllamaConfig) -> int:
-    assert config.vision is not None
-    return config.vision.tokens
 
 
 def _digest(image: Image.Image) -> bytes:

@@ -10,11 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 
 from mllama_jax.generate.sampling import Settings, sample
+from mllama_jax.model.attention import largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
+
+CHUNK = 2048  # tokens of a prompt read at once
 
 
 @struct.dataclass
@@ -123,11 +127,21 @@ def prefill(
 
     The cache holds what stands before `start` and has room for `start + T`. Padding behind a row's tokens is read too:
     decode overwrites what it left in the cache before anything can see it. `top` is how many of the likeliest tokens to
-    report.
+    report. Long prompts are read in chunks of at most CHUNK tokens, which bounds the memory they need.
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    x, cache = call(model, params, "__call__", tokens, positions, cache, cross)
-    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    rows, length = tokens.shape
+    size = largest_divisor(length, CHUNK)
+
+    def read(carry: tuple, chunk: tuple) -> tuple[tuple, None]:
+        (cache, last), (first, own) = carry, chunk
+        x, cache = call(model, params, "__call__", own, start[:, None] + first + jnp.arange(size), cache, cross)
+        end = lengths - 1 - first  # where a row's last token is, if in this chunk
+        ends = jnp.take_along_axis(x, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)[:, 0]
+        return (cache, jnp.where(((end >= 0) & (end < size))[:, None], ends, last)), None
+
+    chunks = jnp.arange(0, length, size), rearrange(tokens, "b (n t) -> n b t", t=size)
+    last = jnp.zeros((rows, model.config.text.width), model.dtype)
+    (cache, last), _ = jax.lax.scan(read, (cache, last), chunks)
     nothing = jnp.zeros_like(lengths)
     counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
     state = State(cache, nothing, start + lengths, nothing, jnp.zeros(len(lengths), bool), counts)

@@ -27,17 +27,30 @@ class CrossCache:
     """What the cross-attention layers see: keys and values of the rows' tiles, and who may see them.
 
     Attributes:
-        layers: one KVCache a cross-attention layer, S = M * N positions.
+        layers: one KVCache a cross-attention layer, S = M * N' positions.
         spans: int32 [B, M, 2], the text positions [start, end) that see each tile; (0, 0) for a tile that is not there.
+        tokens: N, how many of a tile's N' positions are real. N' is a multiple of 8: a TPU keeps memory in tiles of
+            eight such rows, and would copy every layer's keys and values to align them.
     """
 
     layers: tuple[KVCache, ...]
     spans: jax.Array
+    tokens: int = struct.field(pytree_node=False)
 
-    def visible(self, positions: jax.Array) -> jax.Array:
+    def tiles(self, positions: jax.Array) -> jax.Array:
         """bool [B, T, M]: which tiles the text positions int [B, T] may see."""
         start, end = self.spans[:, None, :, 0], self.spans[:, None, :, 1]
         return (start <= positions[:, :, None]) & (positions[:, :, None] < end)
+
+    def visible(self, positions: jax.Array) -> jax.Array:
+        """bool [B, T, S]: which cached positions the text positions int [B, T] may see."""
+        padded = self.layers[0].k.shape[1] // self.spans.shape[1]
+        visible = self.tiles(positions)[..., None] & (jnp.arange(padded) < self.tokens)
+        return visible.reshape(*positions.shape, -1)
+
+    def sees(self, positions: jax.Array) -> jax.Array:
+        """bool [B, T]: whether the text positions int [B, T] see any tile."""
+        return self.tiles(positions).any(axis=-1)
 
 
 def empty_cache(config: TextConfig, rows: int, length: int, dtype: jnp.dtype) -> tuple[KVCache, ...]:
