@@ -114,6 +114,7 @@ class Decoder(nn.Module):
             y = einsum("...d,vd->...v", x, self.embedding[: self.config.vocab].astype(x.dtype))
         else:
             y = self.head(x)
+        y = self.constrain(y, "batch", *("seq",) * (y.ndim - 2), "vocab")  # else the head's kernel would be gathered
         if y.ndim == 2:  # one position a row: sampling looks at all of its logits again and again
             y = self.constrain(y, "batch", None)
         return y.astype(jnp.float32)
