@@ -217,8 +217,8 @@ def sample(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.A
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        order = jnp.argsort(logits, axis=-1, descending=True)
-        ranked = jnp.take_along_axis(logits, order, axis=-1) / jnp.maximum(settings.temperature, 1e-6)[:, None]
+        ranked, order = jax.lax.top_k(logits, logits.shape[-1])  # sorts; a TPU's compiler takes half of argsort's time
+        ranked /= jnp.maximum(settings.temperature, 1e-6)[:, None]
         ranked = jnp.where(kept(ranked, settings), ranked, -jnp.inf)
         keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(settings.seed, made)
         choice = jax.vmap(jax.random.categorical)(keys, ranked)
