@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -16,21 +16,30 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.apply import load_parameters, paths, read_config
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
-from mllama_jax.model.mllama import MllamaModel, abstract_parameters
+from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.sharding.rules import SERVE, Rules
+from mllama_jax.sharding.resolve import resolve
+from mllama_jax.sharding.rules import MeshAxes, Rules, preset_rules
 
 DTYPES = ("bfloat16", "float32", "float16")
 
 
-def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Mllama:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    rules: str | Mapping[str, MeshAxes] = "serve",
+) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
     Args:
         path: a Hugging Face directory (key names from before or after transformers 4.52) or a Meta release directory.
         dtype: of the parameters and the computation; "float32" also means float32 products.
-        mesh: with axes data, kv and q, to spread the parameters over; the default device otherwise.
+        mesh: to spread the parameters over, with the axes that the rules name (see `mllama_jax.sharding`); the default
+            device otherwise.
+        rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes.
 
     Raises:
         InputError: the directory, its config or its tensors cannot be used.
@@ -41,26 +50,28 @@ def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | 
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint)
     tokenizer, template = _tokenizer(directory, config), load_template(directory)
-    rules = Rules.of(mesh, SERVE) if mesh is not None else None
-    params = load_parameters(checkpoint, config, _placer(config, jnp.dtype(dtype), rules))
-    model = MllamaModel(config, jnp.dtype(dtype), rules) if rules else MllamaModel(config, jnp.dtype(dtype))
+    model, put = MllamaModel(config, jnp.dtype(dtype)), _cast(jnp.dtype(dtype))
+    if mesh is not None:
+        placed = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
+        model = MllamaModel(config, jnp.dtype(dtype), placed)
+        put = _place(paths(resolve(config, placed, jnp.dtype(dtype))))
+    params = load_parameters(checkpoint, config, put)
     return Mllama(model, params, tokenizer, template, directory)
 
 
-def _placer(
-    config: MllamaConfig, dtype: np.dtype, rules: Rules | None
-) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """A function that casts a parameter and puts it where the rules say."""
-    names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
+Put = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+
+
+def _cast(dtype: np.dtype) -> Put:
+    """Put parameters in this dtype on the default device."""
+    return lambda path, value: jax.device_put(value.astype(dtype, copy=False))
+
+
+def _place(wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> Put:
+    """Put each parameter where it shall lie, in the dtype that it shall have."""
 
     def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
-        sharding = rules.sharding(*names[path]) if rules else None
-        try:
-            return jax.device_put(value.astype(dtype, copy=False), sharding)
-        except ValueError:
-            raise InputError(
-                f"{'/'.join(path)}: shape {list(value.shape)} does not divide over {sharding}; take a smaller mesh"
-            ) from None
+        return jax.device_put(value.astype(wanted[path].dtype, copy=False), wanted[path].sharding)
 
     return put
 

@@ -18,7 +18,7 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import bucket, check_rows
 from mllama_jax.generate.decoding import Decoding
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
@@ -98,7 +98,7 @@ class Chat:
     def _make_room(self, length: int) -> None:
         """Let the cache hold `length` positions."""
         if not self._cache:
-            self._cache = empty_cache(self.config.text, 1, bucket(length, 256), self._model.dtype)
+            self._cache = decode.new_cache(self._model, 1, bucket(length, 256))
         short = bucket(length, 256) - self._cache[0].k.shape[1]
         if short > 0:
             self._cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))), self._cache)

@@ -110,6 +110,13 @@ def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: Cro
     return call(model, params, "logits", x)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "rows", "length"))
+def new_cache(model: MllamaModel, rows: int, length: int) -> tuple[KVCache, ...]:
+    """An empty cache of so many rows and positions, in its place on the mesh."""
+    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    return jax.tree.map(lambda x: model.constrain(x, *KVCache.axes), cache)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="cache")
 def prefill(
     model: MllamaModel,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,6 +17,7 @@ class KVCache:
 
     k: jax.Array
     v: jax.Array
+    axes: ClassVar[tuple[str, ...]] = ("batch", "cache", "kv_heads", "head_dim")
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
         """Put k, v [B, T, K, H] at positions int [B, T], a run of consecutive ones in each row."""

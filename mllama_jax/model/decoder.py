@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, positions, frequencies), rotate(kv[:, :, :, 0], positions, frequencies)
         cache = cache.write(k, kv[:, :, :, 1], positions)
-        cache = KVCache(*(self.constrain(x, "batch", "cache", "kv_heads", "head_dim") for x in (cache.k, cache.v)))
+        cache = jax.tree.map(lambda x: self.constrain(x, *KVCache.axes), cache)
         q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
         y = attention(q, cache.k, cache.v, positions, lambda t: jnp.arange(cache.k.shape[1]) <= t[:, :, None])
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
