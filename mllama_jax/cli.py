@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", type=Path)
     inspect.set_defaults(run=_inspect)
 
+    from mllama_jax.convert.command import add_commands
+
+    add_commands(commands)
     for command in (generate, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -197,7 +200,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         parts[path[0]] += math.prod(shape)
     return {
         "directory": str(directory),
-        "layout": {"hf": "Hugging Face", "meta": "Meta"}[checkpoint.layout],
+        "layout": {"hf": "Hugging Face", "meta": "Meta", "orbax": "Orbax"}[checkpoint.layout],
         "tensors": len(checkpoint.shapes),
         "parameters": sum(parts.values()),
         "parts": dict(parts),
