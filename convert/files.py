@@ -1,11 +1,14 @@
-"""What checkpoint files of every format share: mapped reading, strict JSON, replacement in one step."""
+"""What checkpoint files of every format share: mapped reading, strict JSON, writing that can be resumed."""
+
+from __future__ import annotations
 
 import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -62,6 +65,12 @@ class Region:
     start: int
     stop: int
     strides: tuple[int, ...] | None = None
+
+
+class Tensors(Protocol):
+    """Named tensors that are read when they are used."""
+
+    def read(self, name: str) -> Any: ...
 
 
 class TensorFile:
@@ -142,6 +151,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def nbytes(array: ArrayLike) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
 def array_bytes(name: str, array: ArrayLike) -> memoryview:
     """An array's bytes in C order; ValueError if it is not of the shape and dtype by which the header announced it."""
     made = np.asarray(array)
@@ -150,17 +163,86 @@ def array_bytes(name: str, array: ArrayLike) -> memoryview:
     return np.ascontiguousarray(made).reshape(-1).view(np.uint8).data  # the buffer protocol knows no bfloat16
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens `path + ".partial"` for writing and renames it to `path` once all is on disk; removes it on an error."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+class Done(Protocol):
+    """Which segments of a file an earlier run has written, each with what it noted."""
+
+    def get(self, name: str) -> dict[str, Any] | None: ...
+    def add(self, name: str, note: dict[str, Any]) -> None: ...
+
+
+class GrowingFile:
+    """A file that is written segment by segment, as `path + ".partial"`, and has its name once all is on disk.
+
+    The disk works on one segment while the caller makes the next. After an error the partial file is removed, or, with
+    `done`, kept for a later run, which gives the same segments again and skips those that `done` knows.
+    """
+
+    def __init__(self, path: Path, done: Done | None = None):
+        self.path, self.done, self.end = path, done, 0
+        self._partial = path.with_name(path.name + ".partial")
+        if done is None or not self._partial.exists():
+            self._partial.open("wb").close()
+        self._file = self._partial.open("r+b")
+        self._disk = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def note(self, name: str) -> dict[str, Any] | None:
+        """What was noted beside the segment `name`, if an earlier run wrote it."""
+        return self.done.get(name) if self.done else None
+
+    def skip(self, size: int) -> None:
+        """Pass over a segment of an earlier run."""
+        self.end += size
+
+    def append(self, *pieces: bytes | memoryview) -> None:
+        """Write what is always written anew."""
+        self._submit(pieces, None)
+
+    def segment(self, name: str, note: dict[str, Any], *pieces: bytes | memoryview) -> None:
+        """Write a segment; once it is on disk, `done` learns of it."""
+        self._submit(pieces, (name, note))
+
+    def _submit(self, pieces: Sequence[bytes | memoryview], finished: tuple[str, dict[str, Any]] | None) -> None:
+        self.wait()
+        self._pending = self._disk.submit(self._write, self.end, pieces, finished)
+        self.end += sum(map(len, pieces))
+
+    def _write(
+        self, start: int, pieces: Sequence[bytes | memoryview], finished: tuple[str, dict[str, Any]] | None
+    ) -> None:
+        self._file.seek(start)
+        for piece in pieces:
+            self._file.write(piece)
+        self._file.flush()
+        if self.done is not None and finished is not None:
+            os.fdatasync(self._file.fileno())
+            self.done.add(*finished)
+
+    def finish(self, write: Callable[[BinaryIO], None]) -> None:
+        """Let `write` put an ending behind all segments."""
+        self.wait()
+        self._file.seek(self.end)
+        write(self._file)
+        self.end = self._file.tell()
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def __enter__(self) -> GrowingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+                self._file.truncate(self.end)
+                os.fsync(self._file.fileno())
+                os.replace(self._partial, self.path)
+        finally:
+            self._disk.shutdown()
+            with suppress(OSError):
+                self._file.close()
+            if self.done is None and self._partial.exists():
+                self._partial.unlink()

@@ -13,7 +13,7 @@ from typing import Literal
 
 from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 
-Layout = Literal["hf", "meta"]
+Layout = Literal["hf", "meta", "orbax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Row:
     meta: Source
     sizes: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The parameter's name in our own layout."""
+        return ".".join(self.target)
+
     def source(self, layout: Layout) -> Source:
-        return self.hf if layout == "hf" else self.meta
+        return {"hf": self.hf, "meta": self.meta, "orbax": Source((self.name,), "... -> ...")}[layout]
 
 
 def _same(target: str, hf: str, meta: str, pattern: str, **sizes: int) -> Row:
@@ -104,11 +109,11 @@ def _self_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
     )
     yield Row(
         _path(f"{ours}/attention/kv/kernel"),
-        Source((f"{hf}self_attn.k_proj.weight", f"{hf}self_attn.v_proj.weight"), "(k h) d -> k h d", stack=1),
+        Source((f"{hf}self_attn.k_proj.weight", f"{hf}self_attn.v_proj.weight"), "(k h) d -> k h d", stack=0),
         Source(
             (f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"),
             ("(k p two) d -> k (two p) d", "(k h) d -> k h d"),
-            stack=1,
+            stack=0,
         ),
         heads,
     )
@@ -125,8 +130,8 @@ def _cross_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
     )
     yield Row(
         _path(f"{ours}/attention/kv/kernel"),
-        Source((f"{hf}cross_attn.k_proj.weight", f"{hf}cross_attn.v_proj.weight"), "(k h) d -> k h d", stack=1),
-        Source((f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"), "(k h) d -> k h d", stack=1),
+        Source((f"{hf}cross_attn.k_proj.weight", f"{hf}cross_attn.v_proj.weight"), "(k h) d -> k h d", stack=0),
+        Source((f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"), "(k h) d -> k h d", stack=0),
         heads,
     )
     for name in ("q_norm", "k_norm"):

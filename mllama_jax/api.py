@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
 from mllama_jax.generate.decoding import Decoding
 from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.look import Look, on_picture, words_of
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
-from mllama_jax.processing.image import preprocess
+from mllama_jax.processing.image import choose_canvas, preprocess
 from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.sharding.rules import Rules
 
@@ -147,6 +149,34 @@ class Mllama:
         if (parts := self._up(1, "batch")) > 1:
             raise InputError(f"a chat is one row and the mesh splits rows in {parts}; load it on a mesh that does not")
         return Chat(self.model, self.params, self.prompt, lambda params: self._start([params], tokenizer)[0])
+
+    def look(self, conversation: Conversation, answer: str) -> Look:
+        """Where on the conversation's pictures the words of this answer to it look.
+
+        A word's heat is the cross-attention, the mean over layers and heads, at the places that make its tokens: each
+        one before the token.
+
+        Raises:
+            InputError: there is no picture in the conversation or no word in the answer.
+        """
+        prompt, tokenizer, vision = self.prompt(conversation), self._tokenizer(), self.config.vision
+        tokens = tokenizer.encode(answer, specials=False)
+        words = words_of(tokens, tokenizer)
+        if vision is None or not prompt.images:
+            raise InputError("the conversation shows no picture to look at; give it one")
+        if not words:
+            raise InputError("the answer has no words, so there is nothing to show")
+        rows, cross = self._prepare([prompt.tokens + tokens], [prompt.images])
+        assert cross is not None
+        attention = np.asarray(decode.attention_to_tiles(self.model, self.params, jnp.asarray(rows.tokens), cross))[0]
+        first = len(prompt.tokens) - 1
+        of_words = np.stack([attention[[first + n for n in places]].mean(axis=0) for _, places in words])  # W M N
+        heat, start = [], 0
+        for image in prompt.images:
+            shown = math.prod(choose_canvas(image.height, image.width, vision.tile, vision.max_tiles))
+            heat.append(on_picture(of_words[:, start : start + shown], image, vision))
+            start += shown
+        return Look([word for word, _ in words], list(prompt.images), heat)
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """The token ids and pictures that a conversation becomes."""

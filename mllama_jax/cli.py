@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer a question about pictures")
     generate.add_argument("question", help="what to ask")
     generate.add_argument("--image", type=Path, nargs="+", default=[], action="extend", help="picture files, in order")
+    generate.add_argument("--look", type=Path, metavar="FILE.png", help="draw where each word of the answer looked")
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
@@ -62,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", type=Path)
     inspect.set_defaults(run=_inspect)
 
+    from mllama_jax.convert.command import add_commands
+
+    add_commands(commands)
     for command in (generate, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -125,6 +129,8 @@ def _generate(args: argparse.Namespace) -> None:
     from mllama_jax.processing.image import open_image
 
     sampling = _sampling(args)
+    if args.look is not None:
+        _check_look(args.look, args.image)
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
     model = _load(args)
@@ -132,19 +138,30 @@ def _generate(args: argparse.Namespace) -> None:
         start = time.monotonic()
         completion = model.generate([conversation], **sampling)[0]
         seconds = round(time.monotonic() - start, 3)
-        print(
-            json.dumps(
-                {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
-            )
-        )
-        return
-    pieces = model.stream(conversation, **sampling)
-    with _stage("reading the prompt (compiles on first use)"):
-        first = next(pieces, "")
-    print(first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        report = {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
+        print(json.dumps(report))
+        answer = completion.text
+    else:
+        pieces = model.stream(conversation, **sampling)
+        with _stage("reading the prompt (compiles on first use)"):
+            answer = next(pieces, "")
+        print(answer, end="", flush=True)
+        for piece in pieces:
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+    if args.look is not None:
+        with _stage(f"drawing {args.look}"):
+            model.look(conversation, answer).draw().save(args.look)
+
+
+def _check_look(file: Path, images: Sequence[Path]) -> None:
+    if not images:
+        raise InputError("--look shows where on a picture an answer looked; give --image too")
+    if file.suffix.lower() != ".png":
+        raise InputError(f"--look: {file}: expected the name of a .png file, got {file.suffix or 'no suffix'}")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"--look: {file}: cannot write there; expected a folder that exists, got {file.parent}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -183,7 +200,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         parts[path[0]] += math.prod(shape)
     return {
         "directory": str(directory),
-        "layout": {"hf": "Hugging Face", "meta": "Meta"}[checkpoint.layout],
+        "layout": {"hf": "Hugging Face", "meta": "Meta", "orbax": "Orbax"}[checkpoint.layout],
         "tensors": len(checkpoint.shapes),
         "parameters": sum(parts.values()),
         "parts": dict(parts),

@@ -5,10 +5,26 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from mllama_jax.cli import SHIPPED, use_compilation_cache
 
 PICTURES = Path(__file__).parent / "assets" / "pictures"
+
+
+def questions() -> list[tuple[Path, str, str]]:
+    """Picture, question and right answer, for each question about the bundled pictures."""
+    return [
+        (PICTURES / picture, each["question"], each["answer"])
+        for picture, about in json.loads((PICTURES / "questions.json").read_text()).items()
+        for each in about
+    ]
+
+
+def ask(picture: Path, question: str) -> list[dict[str, Any]]:
+    """A conversation that shows a picture and asks about it."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
 def main() -> None:
@@ -16,26 +32,13 @@ def main() -> None:
     from mllama_jax import load
 
     use_compilation_cache()
-    model = load(SHIPPED, dtype="float32")
-    asked = [
-        (picture, each["question"], each["answer"])
-        for picture, questions in json.loads((PICTURES / "questions.json").read_text()).items()
-        for each in questions
-    ]
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": PICTURES / picture}, {"type": "text", "text": question}],
-            }
-        ]
-        for picture, question, _ in asked
-    ]
+    model, asked = load(SHIPPED, dtype="float32"), questions()
     width = max(len(question) for _, question, _ in asked)
+    answers = model.generate([ask(picture, question) for picture, question, _ in asked])
     shown = None
-    for (picture, question, right), completion in zip(asked, model.generate(conversations), strict=True):
+    for (picture, question, right), completion in zip(asked, answers, strict=True):
         if picture != shown:
-            print(f"\n{PICTURES / picture}")
+            print(f"\n{picture}")
             shown = picture
         note = "" if completion.text == right else f"   (right: {right})"
         print(f"  {question:<{width}}  {completion.text}{note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from jax.sharding import Mesh
 
 from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import load_parameters, paths, read_config
+from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
 from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import load_template
@@ -31,15 +33,18 @@ def load(
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
     rules: str | Mapping[str, MeshAxes] = "serve",
+    verify: bool = False,
 ) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
     Args:
-        path: a Hugging Face directory (key names from before or after transformers 4.52) or a Meta release directory.
+        path: a Hugging Face directory (key names from before or after transformers 4.52), a Meta release directory, or
+            one that `mllama convert` wrote.
         dtype: of the parameters and the computation; "float32" also means float32 products.
-        mesh: to spread the parameters over, with the axes that the rules name (see `mllama_jax.sharding`); the default
-            device otherwise.
+        mesh: to spread the parameters over, with the axes that the rules name (see `mllama_jax.sharding`), each process
+            reading what its devices hold; the default device otherwise.
         rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes.
+        verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
 
     Raises:
         InputError: the directory, its config or its tensors cannot be used.
@@ -48,30 +53,39 @@ def load(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directory = Path(path)
     checkpoint = open_checkpoint(directory)
+    if verify and checkpoint.layout != "orbax":
+        raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
+    if verify:
+        check(path)
     config = read_config(checkpoint)
     tokenizer, template = _tokenizer(directory, config), load_template(directory)
-    model, put = MllamaModel(config, jnp.dtype(dtype)), _cast(jnp.dtype(dtype))
+    model, wanted = MllamaModel(config, jnp.dtype(dtype)), None
     if mesh is not None:
         placed = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
         model = MllamaModel(config, jnp.dtype(dtype), placed)
-        put = _place(paths(resolve(config, placed, jnp.dtype(dtype))))
-    params = load_parameters(checkpoint, config, put)
+        wanted = paths(resolve(config, placed, jnp.dtype(dtype)))
+    params = load_parameters(parameters(checkpoint, config), _placer(jnp.dtype(dtype), wanted))
     return Mllama(model, params, tokenizer, template, directory)
 
 
-Put = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def _cast(dtype: np.dtype) -> Put:
-    """Put parameters in this dtype on the default device."""
-    return lambda path, value: jax.device_put(value.astype(dtype, copy=False))
+def _placer(
+    dtype: np.dtype, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None
+) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
+    """A function that puts a parameter where `wanted` says, reading what this process's devices hold of it."""
 
+    def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
+        @functools.lru_cache(maxsize=1)  # replicas come one after another
+        def piece(bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
+            return read(tuple(slice(*each) for each in bounds)).astype(dtype, copy=False)
 
-def _place(wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> Put:
-    """Put each parameter where it shall lie, in the dtype that it shall have."""
-
-    def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
-        return jax.device_put(value.astype(wanted[path].dtype, copy=False), wanted[path].sharding)
+        if wanted is None:
+            return jax.device_put(piece(((None, None),) * len(shape)))
+        return jax.make_array_from_callback(
+            shape, wanted[path].sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
+        )
 
     return put
 

@@ -166,7 +166,9 @@ def _along_the_wire(placed: np.ndarray) -> np.ndarray:
         return placed
     for axis in range(placed.ndim):
         line = np.moveaxis(placed, axis, 0).reshape(placed.shape[axis], -1)[:, 0]
-        coordinates = np.array([(getattr(device, "slice_index", 0), *device.coords, device.core_on_chip) for device in line])
+        coordinates = np.array(
+            [(getattr(device, "slice_index", 0), *device.coords, device.core_on_chip) for device in line]
+        )
         placed = placed.take(_winding(coordinates), axis)
     return placed
 

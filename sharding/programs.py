@@ -110,8 +110,8 @@ class Programs:
         if vision is None or not images:
             return None
         tiles = images * vision.max_tiles
-        shape = (rows, tiles * vision.padded_tokens, text.kv_heads, text.head_dim)
-        one = self._array(shape, self.model.dtype, "batch", "image_seq", "kv_heads", "head_dim")
+        shape = (rows, text.kv_heads, tiles * vision.padded_tokens, text.head_dim)
+        one = self._array(shape, self.model.dtype, "batch", "kv_heads", "image_seq", "head_dim")
         layers = tuple(KVCache(one, one) for _ in text.cross_layers)
         return CrossCache(layers, self._array((rows, tiles, 2), jnp.int32, "batch"), vision.tokens)
 

@@ -6,8 +6,6 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-
-from mllama_jax.config import MllamaConfig
 from mllama_jax.generate.decode import CHUNK
 from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
 from mllama_jax.sharding.hlo import Collective
@@ -102,5 +100,3 @@ def temporaries(programs: Programs, load: Workload) -> dict[str, int]:
         scores = min(vision.heads * tokens**2, SCORES_AT_ONCE) // rules.parts("vision_heads")
         found["encode"] = tokens * size * (3 * vision.output_width + 2 * text.width) + 10 * scores + 2**27
     return found
-
-

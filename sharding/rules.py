@@ -50,9 +50,7 @@ class Rules:
             raise InputError(f"rules: unknown logical axes {unknown}; known are {', '.join(LOGICAL_AXES)}")
         used = {axis for axes in table.values() for axis in _tuple(axes)}
         if missing := sorted(used - set(mesh.axis_names)):
-            raise InputError(
-                f"mesh: expected axes {sorted(used)}, got {list(mesh.axis_names)}; {missing} are missing"
-            )
+            raise InputError(f"mesh: expected axes {sorted(used)}, got {list(mesh.axis_names)}; {missing} are missing")
         return cls(mesh, tuple(table.items()))
 
     def axes(self, name: str | None) -> tuple[str, ...]:

@@ -21,7 +21,14 @@ from mllama_jax.sharding.rules import MeshAxes
 IMAGE = 768
 
 # A dictionary of one's own: heads and hidden widths over one axis, rows over the other.
-CUSTOM: dict[str, MeshAxes] = {"batch": "x", "images": "x", "mlp": "y", "vision_mlp": "y", "vocab": "y", "kv_heads": "y"}
+CUSTOM: dict[str, MeshAxes] = {
+    "batch": "x",
+    "images": "x",
+    "mlp": "y",
+    "vision_mlp": "y",
+    "vocab": "y",
+    "kv_heads": "y",
+}
 
 # What is tried on how many devices: (rules, sizes of the mesh axes).
 CASES: dict[int, list[tuple[str | dict[str, MeshAxes], dict[str, int]]]] = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import chisquare
 
 import mllama_jax
 from mllama_jax import Mllama, SamplingParams
@@ -46,6 +47,28 @@ def test_rows_of_a_batch_are_what_they_are_alone(small: Mllama, picture: Draw) -
     assert [together[i] for i in order] == shuffled
     for row, pictures, made in zip(tokens, images, together, strict=True):
         assert small.generate_tokens([row], [pictures], max_new_tokens=12, stop_ids=()) == [made]
+
+
+def test_any_neighbours_in_any_order(small: Mllama, picture: Draw) -> None:
+    """Rows of random kinds, each with its own settings, answer as they do alone, to the last digits of logprobs."""
+    rng = np.random.default_rng(0)
+    conversations, params = [], []
+    for n in range(8):
+        shown = [picture(10 * n + i, *rng.integers(20, 180, 2)) for i in range(n % 4)]
+        content: list[dict[str, Any]] = [{"type": "image", "image": each} for each in shown]
+        content.insert(int(rng.integers(len(shown) + 1)), {"type": "text", "text": "What is this? " * (1 + n % 3)})
+        conversations.append([{"role": "user", "content": content}])
+        temperature = float(n % 2)
+        params.append(
+            SamplingParams(max_new_tokens=4 + 3 * n, temperature=temperature, top_p=0.95, seed=n, stop_ids=())
+        )
+    alone = [small.generate([each], [own])[0] for each, own in zip(conversations, params, strict=True)]
+    for size in (2, 5, 8):
+        chosen = rng.permutation(8)[:size]
+        together = small.generate([conversations[i] for i in chosen], [params[i] for i in chosen])
+        for i, completion in zip(chosen, together, strict=True):
+            assert completion.tokens == alone[i].tokens
+            np.testing.assert_allclose(completion.logprobs, alone[i].logprobs, atol=1e-5)
 
 
 def test_decoding_through_the_cache_is_reading_it_all_again(small: Mllama, picture: Draw) -> None:
@@ -127,13 +150,44 @@ def settings_of(n: int, vocab: int = 5, **values: Any) -> Settings:
     return Settings.of([SamplingParams(seed=seed, **values) for seed in range(n)], [[]] * n, (), vocab)
 
 
-def test_samples_follow_the_distribution() -> None:
-    n, logits = 20000, np.array([1.0, 0.0, -1.0, 2.0, 0.5])
-    settings = settings_of(n, temperature=0.7)
-    drawn = sample(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, 5)), settings, jnp.zeros(n, jnp.int32), None)
-    expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum() * n
-    chi_square = ((np.bincount(np.asarray(drawn), minlength=5) - expected) ** 2 / expected).sum()
-    assert chi_square < 18.47  # p = 0.001 at 4 degrees of freedom
+@pytest.mark.parametrize(
+    ("values", "kept_tokens"),
+    [
+        ({"temperature": 0.7}, 8),
+        ({"temperature": 1.3, "top_k": 5}, 5),
+        ({"temperature": 1.0, "top_p": 0.8}, 4),
+        ({"temperature": 1.0, "min_p": 0.2}, 4),
+        ({"temperature": 2.0, "top_k": 6, "top_p": 0.9, "min_p": 0.3}, 5),
+    ],
+)
+def test_samples_follow_the_distribution(values: dict[str, float], kept_tokens: int) -> None:
+    """Pearson's chi-square over 20,000 draws."""
+    n, logits = 20000, np.array([1.0, 0.0, -1.0, 2.0, 0.5, -0.5, 1.5, -2.0])
+    probabilities = np.exp(logits / values["temperature"])
+    probabilities[np.argsort(-logits)[kept_tokens:]] = 0
+    drawn = sample(
+        jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, 8)),
+        settings_of(n, 8, **values),
+        jnp.zeros(n, jnp.int32),
+        None,
+    )
+    counts = np.bincount(np.asarray(drawn), minlength=8)
+    assert not counts[probabilities == 0].any()
+    expected = (n * probabilities / probabilities.sum())[probabilities > 0]
+    assert chisquare(counts[probabilities > 0], expected).pvalue > 0.001
+
+
+def test_draws_of_one_row_are_independent() -> None:
+    """The numbers of following steps and of neighbouring seeds: pairs of draws are as frequent as chance has them."""
+    n = 20000
+    for seeds, steps in ((np.zeros(n), np.arange(n)), (np.arange(n), np.zeros(n))):
+        settings = settings_of(1, 4, temperature=1.0)
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape[1:])), settings).replace(
+            seed=jnp.asarray(seeds, jnp.uint32)
+        )
+        drawn = np.asarray(sample(jnp.zeros((n, 4)), rows, jnp.asarray(steps, jnp.int32), None))
+        pairs = np.bincount(4 * drawn[:-1] + drawn[1:], minlength=16)
+        assert chisquare(pairs).pvalue > 0.001
 
 
 @pytest.mark.parametrize(

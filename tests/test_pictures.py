@@ -12,9 +12,10 @@ from PIL import Image
 
 from mllama_jax.errors import InputError
 from mllama_jax.processing.image import split_tiles
-from mllama_jax.train.pictures import FAMILIES, conversation, demo, held_out, sample, scenes, shuffled, training
+from mllama_jax.train.pictures import FAMILIES, conversation, demo, held_out, recipe, sample, scenes, shuffled, training
 from mllama_jax.train.pictures import tokenizer as tokenizers
-from mllama_jax.train.pictures.charts import Chart
+from mllama_jax.train.pictures.charts import CATEGORIES, Chart
+from mllama_jax.train.pictures.labels import CHARACTERS, CLASSES, patch_labels
 from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Scene
 from mllama_jax.train.pictures.score import anls, exact_match, levenshtein, relaxed_accuracy
 from mllama_jax.train.pictures.text import Sign
@@ -243,6 +244,58 @@ def test_bundled_pictures_are_the_ones_that_the_questions_are_about():
             difference = np.asarray(image).astype(int) - np.asarray(drawn[0].images[0])
         assert np.abs(difference).mean() < 1  # fonts may differ a little between releases of FreeType
         assert (demo.PICTURES / name).stat().st_size < 100_000
+
+
+# ---- Labels of patches --------------------------------------------------------------------------------------------
+
+
+def labelled_patches(example, image=0):
+    """The labels [..., aspects] of a picture's patches and the pixels [..., 3] at their centres."""
+    vision = recipe.CONFIG.vision
+    assert vision is not None
+    tiles, _ = split_tiles(example.images[image], vision.tile, vision.max_tiles)
+    labels = patch_labels(example, image, vision)[: len(tiles)]
+    half = vision.patch // 2
+    pixels = tiles[:, :, half :: vision.patch, half :: vision.patch].transpose(0, 2, 3, 1).reshape(*labels.shape[:2], 3)
+    return labels.reshape(-1, len(CLASSES)), pixels.reshape(-1, 3).astype(int)
+
+
+def test_labels_of_bars_lie_on_the_bars(examples):
+    aspects = list(CLASSES)
+    for example in examples["charts"]:
+        (chart,) = example.contents
+        if len({bar.colour for bar in chart.bars}) < len(chart.bars):
+            continue
+        labels, pixels = labelled_patches(example)
+        for n, bar in enumerate(chart.bars, 1):
+            own = labels[:, aspects.index("part")] == n
+            assert set(labels[own, aspects.index("category")]) <= {1 + CATEGORIES.index(bar.name)}
+            assert set(labels[own, aspects.index("value")]) <= {bar.value}
+            coloured = np.abs(pixels - bar.colour).max(axis=1) <= 12
+            assert not (coloured & ~own).any()
+
+
+def test_labels_of_shapes_tell_their_colours(examples):
+    aspects = list(CLASSES)
+    for example in examples["scenes"]:
+        labels, pixels = labelled_patches(example)
+        for n, colour in enumerate(COLOURS.values(), 1):
+            coloured = np.abs(pixels - colour).max(axis=1) <= 12
+            assert set(labels[coloured, aspects.index("colour")]) <= {n}
+        assert (labels[:, aspects.index("colour")] > 0).any()
+
+
+def test_labels_of_characters_spell_the_words(examples):
+    part, character, number = ([*CLASSES].index(aspect) for aspect in ("part", "character", "number"))
+    found = total = 0
+    for example in examples["text"]:
+        (sign,) = example.contents
+        labels, _ = labelled_patches(example)
+        seen = {(row[part], row[number]): CHARACTERS[row[character] - 1] for row in labels if row[part] > 0}
+        for (n, i), letter in seen.items():
+            assert sign.words[n - 1][i - 1] == letter
+        found, total = found + len(seen), total + sum(map(len, sign.words))
+    assert found > 0.7 * total  # narrow letters may lie between the centres of two patches
 
 
 # ---- Scores -------------------------------------------------------------------------------------------------------

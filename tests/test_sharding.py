@@ -10,18 +10,11 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from mllama_jax.config import PRESETS as MODELS
 from mllama_jax.convert.export import write_hf
-from mllama_jax.errors import InputError
-from mllama_jax.model.mllama import MllamaModel, abstract_parameters
-from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
-from mllama_jax.sharding.resolve import device_bytes, resolve
-from mllama_jax.sharding.rules import LOGICAL_AXES, PRESETS, mesh_axes, preset_rules
+from mllama_jax.sharding.rules import PRESETS
 from mllama_jax.train.pictures import recipe, tokenizer
 from tests.conftest import SMALL
 from tests.sharded import CASES

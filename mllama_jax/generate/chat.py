@@ -99,9 +99,9 @@ class Chat:
         """Let the cache hold `length` positions."""
         if not self._cache:
             self._cache = decode.new_cache(self._model, 1, bucket(length, 256))
-        short = bucket(length, 256) - self._cache[0].k.shape[1]
+        short = bucket(length, 256) - self._cache[0].k.shape[2]
         if short > 0:
-            self._cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))), self._cache)
+            self._cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))), self._cache)
 
     def _cross(self, prompt: Prompt) -> CrossCache | None:
         """What the conversation's pictures leave in the cross-attention caches; only new ones are encoded."""
@@ -112,11 +112,11 @@ class Chat:
         for image, span in zip(prompt.images, image_spans(prompt.tokens, self.config.image_token), strict=True):
             layers = self._picture(image)
             kept.append(layers)
-            spans += [span] * (layers[0].k.shape[1] // vision.padded_tokens)
-        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *kept)
+            spans += [span] * (layers[0].k.shape[2] // vision.padded_tokens)
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *kept)
         missing = bucket(len(spans)) - len(spans)  # tiles that nobody sees, for fewer programs
         width = missing * vision.padded_tokens
-        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, width), (0, 0), (0, 0))), layers)
+        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, width), (0, 0))), layers)
         return CrossCache(layers, jnp.asarray([[*spans, *[(0, 0)] * missing]], jnp.int32), vision.tokens)
 
     def _picture(self, image: Image.Image) -> tuple[KVCache, ...]:

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import struct
 
 from mllama_jax.generate.sampling import Settings, sample
-from mllama_jax.model.attention import largest_divisor
+from mllama_jax.model.attention import attention_weights, largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
@@ -94,6 +94,21 @@ def text_intermediates(
     return {f"text/{name}": value for name, (value,) in found.items()} | {
         "text/logits": call(model, params, "logits", x)
     }
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def attention_to_tiles(model: MllamaModel, params: Params, tokens: jax.Array, cross: CrossCache) -> jax.Array:
+    """Cross-attention of every position of tokens [B, T], the mean over layers and heads: float32 [B, T, M, N]."""
+    whole = _whole(model, tokens)
+    _, sown = model.apply({"params": params}, *whole, cross, mutable=["queries"])
+    found: Any = sown["queries"]["text"]
+    mask = cross.visible(whole[1])
+    weights = []
+    for i, layer in zip(model.config.text.cross_layers, cross.layers, strict=True):
+        (q,) = found[f"layers_{i}"]["attention"]["normed"]
+        weights.append(attention_weights(q, layer.k, mask).mean(axis=(1, 2)))  # B T S
+    tiles = jnp.mean(jnp.stack(weights), axis=0).reshape(*tokens.shape, cross.spans.shape[1], -1)  # B T M N'
+    return tiles[..., : cross.tokens]
 
 
 def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
@@ -180,7 +195,7 @@ def decode(
     def step(carry: tuple) -> tuple:
         i, state, block = carry
         x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-        position = jnp.minimum(state.position + 1, cache[0].k.shape[1] - 1)  # a row that is done stays inside
+        position = jnp.minimum(state.position + 1, cache[0].k.shape[2] - 1)  # a row that is done stays inside
         state, made = _choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 

@@ -217,9 +217,7 @@ def sample(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.A
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        ranked, order = jax.lax.top_k(logits, logits.shape[-1])  # sorts; a TPU's compiler takes half of argsort's time
-        ranked /= jnp.maximum(settings.temperature, 1e-6)[:, None]
-        ranked = jnp.where(kept(ranked, settings), ranked, -jnp.inf)
+        order, ranked = candidates(logits, settings)
         keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(settings.seed, made)
         choice = jax.vmap(jax.random.categorical)(keys, ranked)
         token = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
@@ -240,6 +238,13 @@ def adjusted(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax
         logits = logits - settings.presence[:, None] * (counts > 0) - settings.frequency[:, None] * counts
     early = jnp.where((made < settings.least)[:, None], settings.stops, -1)
     return logits.at[rows, jnp.where(early < 0, logits.shape[-1], early)].set(-jnp.inf, mode="drop")
+
+
+def candidates(logits: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """Tokens to draw from, likeliest first: ids int [B, V] and their logits over temperature, -inf where not kept."""
+    ranked, order = jax.lax.top_k(logits, logits.shape[-1])  # sorts; a TPU's compiler takes half of argsort's time
+    ranked /= jnp.maximum(settings.temperature, 1e-6)[:, None]
+    return order, jnp.where(kept(ranked, settings), ranked, -jnp.inf)
 
 
 def kept(ranked: jax.Array, settings: Settings) -> jax.Array:

@@ -34,20 +34,20 @@ class CrossAttention(nn.Module):
         c = self.config
         K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
         self.q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"))
-        self.kv = Linear("bsd,kchd->bskch", (K, 2, H, D), ("kv_heads", None, "head_dim", "embed"))
+        self.kv = Linear("bsd,ckhd->bsckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"))
         self.out = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"))
         self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
 
     def keys_values(self, features: jax.Array) -> KVCache:
-        """Projected features [B, M, N', D] -> keys and values [B, M*N', K, H], computed once for all text."""
+        """Projected features [B, M, N', D] -> keys and values [B, K, M*N', H], computed once for all text."""
         kv = self.kv(rearrange(features, "b m n d -> b (m n) d"))
-        k = self.constrain(self.k_norm(kv[:, :, :, 0]), "batch", "image_seq", "kv_heads", "head_dim")
-        v = self.constrain(kv[:, :, :, 1], "batch", "image_seq", "kv_heads", "head_dim")
-        return KVCache(k, v)
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (self.k_norm(kv[:, :, 0]), kv[:, :, 1]))
+        return KVCache(*(self.constrain(x, "batch", "kv_heads", "image_seq", "head_dim") for x in (k, v)))
 
     def __call__(self, x: jax.Array, cache: KVCache, cross: CrossCache, positions: jax.Array) -> jax.Array:
         """Attend from x [B, T, D] at positions int [B, T] to the tiles these see; zero where they see none."""
         q = self.constrain(self.q_norm(self.q(x)), "batch", "seq", "kv_heads", "queries", "head_dim")
+        self.sow("queries", "normed", q)
         y = attention(q, cache.k, cache.v, positions, cross.visible)
         y = y * cross.sees(positions)[:, :, None, None, None].astype(y.dtype)
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")

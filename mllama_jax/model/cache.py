@@ -13,16 +13,23 @@ from mllama_jax.config import TextConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of one layer, each [B, S, K, H]."""
+    """Keys and values of one layer, each [B, K, S, H].
+
+    Positions stand beside the head width because a TPU keeps the last two axes in tiles of 8 x 128: with the heads there
+    it would copy the whole cache at each dispatch.
+    """
 
     k: jax.Array
     v: jax.Array
-    axes: ClassVar[tuple[str, ...]] = ("batch", "cache", "kv_heads", "head_dim")
+    axes: ClassVar[tuple[str, ...]] = ("batch", "kv_heads", "cache", "head_dim")
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
         """Put k, v [B, T, K, H] at positions int [B, T], a run of consecutive ones in each row."""
-        put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (start, 0, 0)))
-        return KVCache(put(self.k, k, positions[:, 0]), put(self.v, v, positions[:, 0]))
+
+        def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 0, 1).astype(old.dtype), (0, start, 0))
+
+        return KVCache(*(jax.vmap(put)(*each, positions[:, 0]) for each in ((self.k, k), (self.v, v))))
 
 
 @struct.dataclass
@@ -47,7 +54,7 @@ class CrossCache:
 
     def visible(self, positions: jax.Array) -> jax.Array:
         """bool [B, T, S]: which cached positions the text positions int [B, T] may see."""
-        padded = self.layers[0].k.shape[1] // self.spans.shape[1]
+        padded = self.layers[0].k.shape[2] // self.spans.shape[1]
         visible = self.tiles(positions)[..., None] & (jnp.arange(padded) < self.tokens)
         return visible.reshape(*positions.shape, -1)
 
@@ -57,6 +64,6 @@ class CrossCache:
 
 
 def empty_cache(config: TextConfig, rows: int, length: int, dtype: jnp.dtype) -> tuple[KVCache, ...]:
-    """An empty self-attention cache: one [rows, length, K, H] pair for each self-attention layer."""
-    shape = (rows, length, config.kv_heads, config.head_dim)
+    """An empty self-attention cache: one [rows, K, length, H] pair for each self-attention layer."""
+    shape = (rows, config.kv_heads, length, config.head_dim)
     return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.self_layers)

@@ -35,13 +35,13 @@ class SelfAttention(nn.Module):
         c = self.config
         K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
         q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"), name="q")(x)
-        kv = Linear("btd,kchd->btkch", (K, 2, H, D), ("kv_heads", None, "head_dim", "embed"), name="kv")(x)
+        kv = Linear("btd,ckhd->btckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"), name="kv")(x)
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
-        q, k = rotate(q, positions, frequencies), rotate(kv[:, :, :, 0], positions, frequencies)
-        cache = cache.write(k, kv[:, :, :, 1], positions)
+        q, k = rotate(q, positions, frequencies), rotate(kv[:, :, 0], positions, frequencies)
+        cache = cache.write(k, kv[:, :, 1], positions)
         cache = jax.tree.map(lambda x: self.constrain(x, *KVCache.axes), cache)
         q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
-        y = attention(q, cache.k, cache.v, positions, lambda t: jnp.arange(cache.k.shape[1]) <= t[:, :, None])
+        y = attention(q, cache.k, cache.v, positions, lambda t: jnp.arange(cache.k.shape[2]) <= t[:, :, None])
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
         y = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"), name="out")(y)
         return self.constrain(y, "batch", "seq", "residual"), cache

@@ -31,6 +31,7 @@ class SelfAttention(nn.Module):
         shape, axes = (c.heads, c.head_dim, c.width), ("vision_heads", "head_dim", "embed")
         qkv = Linear("btd,ckhd->btckh", (3, *shape), (None, *axes), name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         y = attention(q[:, :, :, None], k, v, padding, lambda own: ~(own[:, :, None] & padding[:, None]))
         y = rearrange(y, "b t k 1 h -> b t (k h)")
         y = Linear("btf,df->btd", (c.width, c.width), ("embed", "vision_heads"), name="out")(y)

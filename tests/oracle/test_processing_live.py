@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def test_pixels_equal_transformers(tile: int, count: int) -> None:
             picture.size,
         )
         assert np.array_equal(ids, theirs["aspect_ratio_ids"][0])
+
+
+def test_a_photo_takes_no_longer_than_with_transformers() -> None:
+    """12 megapixels, and eight such at once; the quickest of several turns each, since other work may be going on."""
+    from tests.oracle.make_processing_goldens import image_processor
+
+    rough = np.random.default_rng(0).integers(0, 256, (378, 504, 3), np.uint8)
+    photo = Image.fromarray(rough).resize((4032, 3024), Image.Resampling.BICUBIC)
+    processor = image_processor(560)
+    for photos, turns in (([photo], 9), ([photo.copy() for _ in range(8)], 3)):
+        ours, theirs = [], []
+        for _ in range(turns):
+            start = time.perf_counter()
+            preprocess(photos, VisionConfig())
+            middle = time.perf_counter()
+            processor(images=[photos], return_tensors="np")
+            ours.append(middle - start)
+            theirs.append(time.perf_counter() - middle)
+        assert min(ours) <= 1.1 * min(theirs)
 
 
 @pytest.mark.parametrize(("tile", "count"), [(28, 300), (56, 100), (560, 10)])

@@ -15,20 +15,24 @@ PICTURES = Path(__file__).parents[2] / "assets" / "pictures"
 
 # By file name: the family, the number of the seed that drew a pretty one, and questions with their answers.
 _CHOSEN = {
-    "hearts.png": (
-        "scenes",
-        25,
-        {"How many hearts are there?": "3", "What colour is the star?": "pink", "Where is the ring?": "top left"},
-    ),
-    "night.png": (
-        "scenes",
-        38,
-        {"How many triangles do you see?": "3", "Which colour is the square?": "green", "Is there a red star?": "no"},
-    ),
     "wide.png": (
         "scenes",
         51,
         {"Count the crosses.": "3", "Where is the blue triangle?": "top", "What shape is purple?": "cross"},
+    ),
+    "chart.png": (
+        "charts",
+        22,
+        {"What is the value of car?": "30", "Which is the smallest?": "coal", "Is wind larger than apple?": "no"},
+    ),
+    "sign.png": (
+        "text",
+        32,
+        {
+            "What does the sign say?": "SOUTH GATE RIVER",
+            "What is the second word?": "GATE",
+            "Read the last word.": "RIVER",
+        },
     ),
 }
 _DEMO = 2  # the first word of these seeds, which neither training nor the held-out split has
