@@ -29,7 +29,11 @@ ADVICE = "start all of them with the same coordinator, each with its own number"
 LOST = 4  # the exit code of a process that left because another was lost
 
 _ATTENDED = "MLLAMA_ATTENDED"  # set in the environment of a process that has an attendant
-_CPP_LOG = re.compile(rb"[EFIW]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\] ")
+_CPP_LOG = re.compile(
+    rb"[EFIW]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\] |Additional GRPC error|:[A-Z]+:Error received from peer"
+)
+GONE = "another process is gone"
+_OURS = (GONE.encode(), b"process")  # how the lines begin with which a process leaves
 _COLLECTIVE = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _rounds = itertools.count()
 
@@ -99,7 +103,7 @@ def leaving() -> Iterator[None]:
     except Exception as error:
         if not _COLLECTIVE.match(str(error)) or _place()[1] == 1:
             raise
-        leave(LOST, f"another process is gone, so this one leaves ({' '.join(str(error).split())[:160]})")
+        leave(LOST, f"{GONE}, so this one leaves ({' '.join(str(error).split())[:160]})")
 
 
 def attend(command: Sequence[str]) -> int:
@@ -113,19 +117,22 @@ def attend(command: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: child.send_signal(number))
     assert child.stderr is not None
-    last_words = b""
+    last_words, told = b"", False
     for line in child.stderr:
-        if _CPP_LOG.match(line) or last_words:
+        ours = line.startswith(_OURS)
+        if not ours and (last_words or _CPP_LOG.match(line)):
             last_words += line if last_words or line.startswith(b"F") else b""
         else:
+            told |= ours
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
     code = child.wait()
     if b"RegisterTask" in last_words:
         print(f"the processes did not meet within {MEETING} s; {ADVICE}", file=sys.stderr)
         return 2
-    if last_words and code != LOST:
-        print("another process is gone, so this one left", file=sys.stderr)
+    if last_words and not told:
+        print(f"{GONE}, so this one left", file=sys.stderr)
+    if last_words and code != 2:
         return LOST
     return 128 - code if code < 0 else code
 
