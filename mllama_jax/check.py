@@ -59,7 +59,9 @@ def findings() -> Iterator[Finding]:
 
 def parity(dtype: str) -> Iterator[Finding]:
     """The shipped checkpoint beside what Meta's code made of it (float32, CPU), over all bundled questions."""
-    model, golden = load(SHIPPED, dtype=dtype), np.load(GOLDENS)
+    model = load(SHIPPED, dtype=dtype)
+    with np.load(GOLDENS) as file:
+        golden = dict(file)
     conversations = [ask(picture, question) for picture, question, _ in questions()]
     prompts = [model.prompt(conversation) for conversation in conversations]
     features = model.encode_images([prompt.images for prompt in prompts])
