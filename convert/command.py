@@ -14,11 +14,12 @@ LAYOUTS = {"orbax": "ours", "hf": "Hugging Face", "meta": "Meta"}
 def add_commands(commands: Any) -> None:
     """Add both to the subparsers of the command line."""
     convert = commands.add_parser("convert", help="write a checkpoint in another layout")
-    convert.add_argument("source", help="checkpoint directory, of any layout")
+    convert.add_argument("source", help="checkpoint directory, of any layout, or a name on huggingface.co")
     convert.add_argument("target", help="new or empty directory; a stopped conversion goes on")
     convert.add_argument("--to", choices=LAYOUTS, default="orbax", help="orbax (ours, default), hf or meta")
     convert.add_argument("--dtype", help="bfloat16, float32 or float16; each tensor's own by default")
     convert.add_argument("--shards", type=int, default=1, help="Meta's model-parallel files: 1, 2, 4 or 8")
+    convert.add_argument("--revision", help="of a name on huggingface.co; the newest by default")
     convert.add_argument("--text-only", action="store_true", help="the decoder alone, a plain Llama 3.1 model")
     convert.add_argument("--text-from", metavar="DIR", help="take the decoder from this text-only checkpoint")
     convert.add_argument("--lora", metavar="DIR", help="merge this LoRA adapter (PEFT's safetensors layout)")
@@ -35,7 +36,7 @@ def add_commands(commands: Any) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from mllama_jax.convert.run import convert
 
-    names = ("to", "dtype", "shards", "text_only", "text_from", "lora")
+    names = ("to", "dtype", "shards", "revision", "text_only", "text_from", "lora")
     report = convert(args.source, args.target, **{name: getattr(args, name) for name in names})
     if args.json:
         print(json.dumps(report))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from mllama_jax.convert.store import BucketPath
 from mllama_jax.errors import InputError
 
 # What turns up under a checkpoint's file name, by its first bytes.
@@ -143,7 +144,7 @@ def parse_json(text: bytes, origin: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | BucketPath) -> dict[str, Any]:
     """A file that holds one JSON object; InputError says what is wrong with it."""
     try:
         return parse_json(path.read_bytes(), str(path))
@@ -167,7 +168,11 @@ class Done(Protocol):
     """Which segments of a file an earlier run has written, each with what it noted."""
 
     def get(self, name: str) -> dict[str, Any] | None: ...
-    def add(self, name: str, note: dict[str, Any]) -> None: ...
+    def add(self, notes: Mapping[str, dict[str, Any]]) -> None: ...
+
+
+# Segments become known as finished in groups, for each group waits for the disk: so many bytes, or so many segments.
+_GROUP_BYTES, _GROUP = 2**24, 16
 
 
 class GrowingFile:
@@ -183,12 +188,15 @@ class GrowingFile:
         if done is None or not self._partial.exists():
             self._partial.open("wb").close()
         self._file = self._partial.open("r+b")
+        self._before = self._partial.stat().st_size
         self._disk = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self._group: dict[str, dict[str, Any]] = {}
+        self._group_bytes = 0
 
-    def note(self, name: str) -> dict[str, Any] | None:
-        """What was noted beside the segment `name`, if an earlier run wrote it."""
-        return self.done.get(name) if self.done else None
+    def note(self, name: str, size: int) -> dict[str, Any] | None:
+        """What was noted beside the segment `name`, of at least `size` bytes, if an earlier run wrote it."""
+        return self.done.get(name) if self.done and self.end + size <= self._before else None
 
     def skip(self, size: int) -> None:
         """Pass over a segment of an earlier run."""
@@ -214,9 +222,18 @@ class GrowingFile:
         for piece in pieces:
             self._file.write(piece)
         self._file.flush()
-        if self.done is not None and finished is not None:
+        if finished is not None:
+            self._group |= dict([finished])
+            self._group_bytes += sum(map(len, pieces))
+            if self._group_bytes >= _GROUP_BYTES or len(self._group) >= _GROUP:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the disk, then let `done` learn of the segments that are on it."""
+        if self.done is not None and self._group:
             os.fdatasync(self._file.fileno())
-            self.done.add(*finished)
+            self.done.add(self._group)
+        self._group, self._group_bytes = {}, 0
 
     def finish(self, write: Callable[[BinaryIO], None]) -> None:
         """Let `write` put an ending behind all segments."""
@@ -237,6 +254,7 @@ class GrowingFile:
         try:
             if kind is None:
                 self.wait()
+                self._settle()
                 self._file.truncate(self.end)
                 os.fsync(self._file.fileno())
                 os.replace(self._partial, self.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mllama_jax.config import MllamaConfig
@@ -48,5 +47,5 @@ def read_model(checkpoint: Checkpoint) -> Model:
     carried = {}
     for name in dict.fromkeys(name for names in CARRIED.values() for name in names):
         with contextlib.suppress(FileNotFoundError):
-            carried[name] = (Path(checkpoint.directory) / name).read_bytes()
+            carried[name] = (checkpoint.directory / name).read_bytes()
     return Model(parameters(checkpoint, config), config, extras(checkpoint, config), hf_names, jsons, carried)

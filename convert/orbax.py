@@ -57,7 +57,7 @@ def write_arrays(
             written = array.write(value, can_reference_source_data_indefinitely=True)
             digest = digest_of(array_bytes(name, value))
             written.result()
-        done.add(name, {"dtype": value.dtype.name, "shape": list(value.shape), "sha256": digest})
+        done.add({name: {"dtype": value.dtype.name, "shape": list(value.shape), "sha256": digest}})
 
     waiting: deque[tuple[Future[None], int]] = deque()
     with ThreadPoolExecutor() as disk:

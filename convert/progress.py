@@ -24,7 +24,7 @@ def unfinished(store: Store) -> bool:
 
 
 class Progress:
-    """One small file for each finished tensor, written when the tensor is on disk; gone when all is done.
+    """Small files that note the finished tensors, written when these are on disk; gone when all is done.
 
     Args:
         job: what is converted into what: a target that holds part of another job is refused.
@@ -46,11 +46,10 @@ class Progress:
                 f"{store.location}: holds part of another conversion ({_described(begun)}); delete it or choose "
                 "another target"
             )
-        self.notes = {
-            key: json.loads(store.read(f"{_FOLDER}{quote(key, safe='')}") or b"null")
-            for key in sizes
-            if f"{_FOLDER}{quote(key, safe='')}" in set(keys)
-        }
+        self.notes: dict[str, dict[str, Any]] = {}
+        for key in keys:
+            if key.startswith(_FOLDER) and key != _JOB:
+                self.notes |= json.loads(store.read(key) or b"{}")
         self.resumed = len(self.notes)
         before = sum(sizes[key] for key in self.notes)
         self.bar = tqdm(
@@ -60,10 +59,11 @@ class Progress:
     def get(self, key: str) -> dict[str, Any] | None:
         return self.notes.get(key)
 
-    def add(self, key: str, note: dict[str, Any]) -> None:
-        self.store.write(f"{_FOLDER}{quote(key, safe='')}", json.dumps(note).encode())
-        self.notes[key] = note
-        self.bar.update(self.sizes[key])
+    def add(self, notes: Mapping[str, dict[str, Any]]) -> None:
+        """Note tensors that are on disk, by their keys."""
+        self.store.write(f"{_FOLDER}{quote(next(iter(notes)), safe='')}", json.dumps(notes).encode())
+        self.notes |= notes
+        self.bar.update(sum(self.sizes[key] for key in notes))
 
     def within(self, file: str) -> FileProgress:
         return FileProgress(self, file)
@@ -93,8 +93,8 @@ class FileProgress:
     def get(self, name: str) -> dict[str, Any] | None:
         return self.progress.get(f"{self.file}/{name}")
 
-    def add(self, name: str, note: dict[str, Any]) -> None:
-        self.progress.add(f"{self.file}/{name}", note)
+    def add(self, notes: Mapping[str, dict[str, Any]]) -> None:
+        self.progress.add({f"{self.file}/{name}": note for name, note in notes.items()})
 
 
 def _described(job: bytes) -> str:

@@ -165,7 +165,7 @@ def write_pth(path: str | Path, tensors: Mapping[str, ArrayLike], done: Done | N
         add("data.pkl", pickled)
         add("byteorder", b"little")
         for key, (name, array) in enumerate(tensors.items()):
-            info, note = member(f"data/{key}", nbytes(array)), file.note(name)
+            info, note = member(f"data/{key}", nbytes(array)), file.note(name, nbytes(array))
             if note is None:
                 data = array_bytes(name, array)
                 info.CRC = zlib.crc32(data)

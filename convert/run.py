@@ -19,14 +19,15 @@ from mllama_jax.convert import edits
 from mllama_jax.convert.apply import renamed, tensors
 from mllama_jax.convert.export import hf_files, meta_params
 from mllama_jax.convert.files import LazyArray, nbytes
-from mllama_jax.convert.manifest import DTYPES, EXTRA, digest_of
+from mllama_jax.convert.hub import local
+from mllama_jax.convert.manifest import DTYPES, EXTRA, MANIFEST, digest_of
 from mllama_jax.convert.model import CARRIED, Model, read_model
 from mllama_jax.convert.orbax import write_arrays, write_index
 from mllama_jax.convert.progress import Progress
 from mllama_jax.convert.pth import write_pth
 from mllama_jax.convert.safetensors import write_safetensors
 from mllama_jax.convert.sources import open_checkpoint
-from mllama_jax.convert.store import Store
+from mllama_jax.convert.store import BucketPath, Store, absolute
 from mllama_jax.convert.table import Layout, table
 from mllama_jax.errors import InputError
 
@@ -41,6 +42,7 @@ def convert(
     to: Layout,
     dtype: str | None = None,
     shards: int = 1,
+    revision: str | None = None,
     text_only: bool = False,
     text_from: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
@@ -50,9 +52,12 @@ def convert(
     A run that was stopped is finished by the same call; what it wrote is kept, and the result is the same to the byte.
 
     Args:
+        source: a directory of any layout, one of ours in a bucket (`gs://`), or a name on huggingface.co.
+        target: a directory, or, for our layout, a place in a bucket.
         to: "orbax" (ours), "hf" or "meta".
         dtype: of all tensors, "bfloat16", "float32" or "float16", rounded to nearest even; None keeps each tensor's.
         shards: number of Meta's model-parallel files: 1, 2, 4 or 8.
+        revision: of a source that is a name on huggingface.co; the newest by default.
         text_only: leave out vision and cross-attention; what is left is a plain Llama 3.1 model.
         text_from: directory of a text-only checkpoint whose decoder takes the place of the source's.
         lora: directory of a LoRA adapter in PEFT's layout, which is added to the weights.
@@ -68,6 +73,7 @@ def convert(
     if shards not in (1, 2, 4, 8) or (shards > 1 and to != "meta"):
         raise InputError(f"shards must be 1, 2, 4 or 8, and 1 but for Meta's layout, got {shards} for {to!r}")
     start = time.monotonic()
+    source = local(source, revision)
     checkpoint = open_checkpoint(source)
     model = read_model(checkpoint)
     if text_from is not None:
@@ -80,9 +86,9 @@ def convert(
     if kind is None:
         _check_dtypes(model)
     plan = _PLANS[to](model, kind, shards)
-    job = {"from": str(Path(source).absolute()), "to": to, "dtype": dtype, "shards": shards, "text_only": text_only}
-    job |= {key: str(Path(value).absolute()) for key, value in (("text_from", text_from), ("lora", lora)) if value}
-    job["fingerprint"] = _fingerprint([Path(each) for each in (source, text_from, lora) if each is not None])
+    job = {"from": str(absolute(source)), "to": to, "dtype": dtype, "shards": shards, "text_only": text_only}
+    job |= {key: str(absolute(value)) for key, value in (("text_from", text_from), ("lora", lora)) if value}
+    job["fingerprint"] = _fingerprint([absolute(each) for each in (source, text_from, lora) if each is not None])
     store = Store(target)
     title = f"{checkpoint.layout} -> {to}"
     with _full_disk(store), _progress(store, job, plan.sizes, title) as done:
@@ -111,10 +117,16 @@ def _check_dtypes(model: Model) -> None:
             )
 
 
-def _fingerprint(directories: list[Path]) -> str:
-    """Changes when a source does: names, sizes and times of its files."""
-    stats = [(path.name, path.stat()) for directory in directories for path in sorted(directory.iterdir())]
-    return digest_of(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+def _fingerprint(directories: list[Path | BucketPath]) -> str:
+    """Changes when a source does: names, sizes and times of its files, or in a bucket its manifest."""
+    marks: list[Any] = []
+    for directory in directories:
+        if isinstance(directory, BucketPath):
+            marks.append(digest_of((directory / MANIFEST).read_bytes()))
+        else:
+            stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
+            marks += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return digest_of(json.dumps(marks).encode())
 
 
 def _progress(store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str) -> Progress:

@@ -135,7 +135,7 @@ def write_safetensors(
     with GrowingFile(path, done) as file:
         file.append(len(text).to_bytes(8, "little") + text)
         for name, array in ordered:
-            if file.note(name) is None:
+            if file.note(name, nbytes(array)) is None:
                 file.segment(name, {}, array_bytes(name, array))
             else:
                 file.skip(nbytes(array))

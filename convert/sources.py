@@ -14,7 +14,7 @@ from mllama_jax.convert.manifest import EXTRA, MANIFEST, TREE, StoredArrays, rea
 from mllama_jax.convert.progress import unfinished
 from mllama_jax.convert.pth import PthFile
 from mllama_jax.convert.safetensors import SafetensorsFile
-from mllama_jax.convert.store import Store
+from mllama_jax.convert.store import BucketPath, Store, absolute, is_bucket
 from mllama_jax.convert.table import Layout
 from mllama_jax.errors import InputError
 
@@ -37,7 +37,7 @@ class Checkpoint:
     """
 
     layout: Layout
-    directory: Path
+    directory: Path | BucketPath
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     dtypes: Mapping[str, np.dtype] = field(repr=False)
     split_dim: Callable[[str], int | None] = field(repr=False)
@@ -82,7 +82,9 @@ def open_checkpoint(
 
     Every file's header is checked, and the files against each other; InputError says which file is at fault.
     """
-    directory = Path(directory)
+    directory = absolute(directory) if is_bucket(directory) else Path(directory)
+    if isinstance(directory, BucketPath):
+        return _open_bucket(directory)
     if not directory.is_dir():
         fault = "is a file" if directory.exists() else "does not exist"
         raise InputError(f"{directory}: {fault}; expected a checkpoint directory")
@@ -126,7 +128,18 @@ def _open_hf(directory: Path, found: str) -> Checkpoint:
     )
 
 
-def _open_ours(directory: Path) -> Checkpoint:
+def _open_bucket(directory: BucketPath) -> Checkpoint:
+    if unfinished(Store(directory)):
+        raise InputError(f"{directory}: its conversion has not ended; run the same `mllama convert` again to finish it")
+    if not (directory / TREE).exists():
+        raise InputError(
+            f"{directory}: expected a checkpoint that `mllama convert --to orbax` wrote; other layouts are read from "
+            "disks only"
+        )
+    return _open_ours(directory)
+
+
+def _open_ours(directory: Path | BucketPath) -> Checkpoint:
     config, generation = directory / "config.json", directory / "generation_config.json"
     params, manifest = directory / "params.json", read_manifest(Store(directory))
     arrays = StoredArrays(Store(directory), manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,45 @@ import tensorstore as ts
 
 from mllama_jax.errors import InputError
 
-BUCKET = "gs://"
+_BUCKET = "gs://"
+
+
+class BucketPath:
+    """As much of `pathlib.Path` as reading small files in a bucket takes."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __fspath__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> BucketPath:
+        return BucketPath(f"{self.url}/{name}")
+
+    def exists(self) -> bool:
+        return self._content() is not None
+
+    def read_bytes(self) -> bytes:
+        content = self._content()
+        if content is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url)
+        return content
+
+    def _content(self) -> bytes | None:
+        folder, _, name = self.url.rpartition("/")
+        return Store(folder).read(name)
+
+
+def is_bucket(location: str | os.PathLike[str]) -> bool:
+    return os.fspath(location).startswith(_BUCKET)
+
+
+def absolute(location: str | os.PathLike[str]) -> Path | BucketPath:
+    """Where a checkpoint lies, whatever the working directory is."""
+    return BucketPath(os.fspath(location)) if is_bucket(location) else Path(location).absolute()
 
 
 class Store:
@@ -23,8 +62,8 @@ class Store:
     """
 
     def __init__(self, location: str | os.PathLike[str]):
-        self.location = str(location).rstrip("/")
-        self.remote = self.location.startswith(BUCKET)
+        self.location = os.fspath(location).rstrip("/")
+        self.remote = is_bucket(location)
         self.url = self.location + "/" if self.remote else Path(location).absolute().as_uri() + "/"
         with explained(self.location):
             self._files = ts.KvStore.open(self.url).result()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -15,7 +17,8 @@ from jax.sharding import Mesh
 from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
-from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.model import CARRIED
+from mllama_jax.convert.sources import Checkpoint, open_checkpoint
 from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
@@ -33,7 +36,7 @@ def load(
 
     Args:
         path: a Hugging Face directory (key names from before or after transformers 4.52), a Meta release directory, or
-            one that `mllama convert` wrote.
+            one that `mllama convert` wrote, in a bucket too (`gs://bucket/path`).
         dtype: of the parameters and the computation; "float32" also means float32 products.
         mesh: with axes data, kv and q, to spread the parameters over, each process reading what its devices hold; the
             default device otherwise.
@@ -44,18 +47,31 @@ def load(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    directory = Path(path)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(path)
     if verify and checkpoint.layout != "orbax":
         raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
     if verify:
         check(path)
     config = read_config(checkpoint)
-    tokenizer, template = _tokenizer(directory, config), load_template(directory)
+    with _small_files(checkpoint) as directory:
+        tokenizer, template = _tokenizer(directory, config), load_template(directory)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
     params = load_parameters(parameters(checkpoint, config), _placer(config, jnp.dtype(dtype), rules))
     model = MllamaModel(config, jnp.dtype(dtype), rules) if rules else MllamaModel(config, jnp.dtype(dtype))
-    return Mllama(model, params, tokenizer, template, directory)
+    return Mllama(model, params, tokenizer, template, Path(path))
+
+
+@contextmanager
+def _small_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The directory of a checkpoint's tokenizer and template: a copy where they lie in a bucket."""
+    if isinstance(checkpoint.directory, Path):
+        yield checkpoint.directory
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in CARRIED["hf"]:
+            if (source := checkpoint.directory / name).exists():
+                Path(copy, name).write_bytes(source.read_bytes())
+        yield Path(copy)
 
 
 Read = Callable[[tuple[slice, ...]], np.ndarray]

@@ -6,6 +6,7 @@ A process of its own, because it forks: nothing that has threads may have run be
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import signal
@@ -56,10 +57,11 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def finished(target: Path) -> set[str]:
     """The tensors that are noted as finished."""
-    folder = target / "unfinished"
-    return (
-        {name for name in os.listdir(folder) if not name.endswith(("job.json", "__lock"))} if folder.is_dir() else set()
-    )
+    names = set()
+    for path in target.glob("unfinished/*"):
+        if not path.name.endswith(("job.json", "__lock")):
+            names |= json.loads(path.read_bytes()).keys()
+    return names
 
 
 def kill_after(child: int, target: Path, tensors: int) -> bool:

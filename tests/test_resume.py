@@ -64,15 +64,26 @@ def test_full_disk_keeps_what_is_written(
 ) -> None:
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", DiskFull(10))
+        patch.setattr(os, "fdatasync", DiskFull(2))
         message = fault(lambda: convert(small_directory, target, to="hf"))
     assert message == (
         f"{target}: cannot be written: No space left on device; what is written stays: make room and run the same "
         "command again"
     )
     assert "its conversion has not ended; run the same `mllama convert` again" in fault(mllama_jax.load, target)
-    assert convert(small_directory, target, to="hf")["resumed"] == 10
+    assert convert(small_directory, target, to="hf")["resumed"] == 32
     assert_same_tensors(small_directory, target)
+
+
+def test_a_partial_file_that_is_gone_is_written_anew(
+    small_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", DiskFull(2))
+        fault(lambda: convert(small_directory, tmp_path / "target", to="hf"))
+    (tmp_path / "target/model.safetensors.partial").unlink()
+    convert(small_directory, tmp_path / "target", to="hf")
+    assert_same_tensors(small_directory, tmp_path / "target")
 
 
 def test_too_little_room_is_known_before(
@@ -107,7 +118,7 @@ def test_targets_that_hold_another_model(small_directory: Path, tmp_path: Path, 
 def test_part_of_another_conversion(small_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", DiskFull(10))
+        patch.setattr(os, "fdatasync", DiskFull(2))
         fault(lambda: convert(small_directory, target, to="hf"))
     message = fault(lambda: convert(small_directory, target, to="hf", dtype="bfloat16"))
     assert "holds part of another conversion" in message
@@ -116,7 +127,7 @@ def test_part_of_another_conversion(small_directory: Path, tmp_path: Path, monke
     copy = tmp_path / "copy"
     shutil.copytree(small_directory, copy)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", DiskFull(10))
+        patch.setattr(os, "fdatasync", DiskFull(2))
         fault(lambda: convert(copy, tmp_path / "other", to="hf"))
     os.utime(copy / "model.safetensors", (1, 1))
     assert "holds part of another conversion" in fault(lambda: convert(copy, tmp_path / "other", to="hf"))

@@ -89,6 +89,7 @@ def test_a_vision_models_decoder_is_a_llama_to_transformers(release: Path, tmp_p
     np.testing.assert_allclose(ours.logits(tokens, [[], []]), expected, atol=LOGITS_TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
 def test_adapters_merge_as_peft_merges_them(release: Path, tmp_path: Path) -> None:
     import peft
 
