@@ -27,7 +27,7 @@ from mllama_jax.convert.progress import Progress
 from mllama_jax.convert.pth import write_pth
 from mllama_jax.convert.safetensors import write_safetensors
 from mllama_jax.convert.sources import open_checkpoint
-from mllama_jax.convert.store import BucketPath, Store, absolute
+from mllama_jax.convert.store import BucketPath, Store, absolute, is_bucket
 from mllama_jax.convert.table import Layout, table
 from mllama_jax.errors import InputError
 
@@ -72,6 +72,8 @@ def convert(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if shards not in (1, 2, 4, 8) or (shards > 1 and to != "meta"):
         raise InputError(f"shards must be 1, 2, 4 or 8, and 1 but for Meta's layout, got {shards} for {to!r}")
+    if is_bucket(target) and to != "orbax":
+        raise InputError(f"{target}: Hugging Face's and Meta's files are written to disks only; choose orbax")
     start = time.monotonic()
     source = local(source, revision)
     checkpoint = open_checkpoint(source)
@@ -247,8 +249,6 @@ def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
 
 def _unwritten(store: Store, file: str) -> Path | None:
     """Where to write a file of tensors; None if it is there: it has its name only once it is whole."""
-    if store.remote:
-        raise InputError(f"{store.location}: Hugging Face's and Meta's files are written to disks only; choose orbax")
     path = Path(store.location) / file
     return None if path.exists() else path
 
