@@ -140,6 +140,23 @@ def test_one_report_of_all_that_does_not_fit(small_directory: Path, tmp_path: Pa
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_weights_under_the_config_of_a_larger_model(small_params: Params, tmp_path: Path, layout: str) -> None:
+    """As the 11B's weights under the 90B's config: one line, with counts and the first that do not fit."""
+    write = write_hf if layout == "hf" else write_meta
+    write(tmp_path, small_params, SMALL, DTYPES[0])
+    path = tmp_path / ("config.json" if layout == "hf" else "params.json")
+    config = json.loads(path.read_text())
+    if layout == "hf":
+        config["text_config"] |= {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 192}
+    else:
+        config |= {"dim": 128, "n_heads": 8}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"the tensors do not fit its config: \d+ misshapen: .* instead of ") as error:
+        mllama_jax.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_rows_that_disagree_cannot_become_meta(small_params: Params, tmp_path: Path) -> None:
     params = jax.tree.map(np.array, small_params)
     params["vision"]["pre_tile_embedding"]["table"][2, 0] += 1
