@@ -171,6 +171,32 @@ class Done(Protocol):
     def add(self, notes: Mapping[str, dict[str, Any]]) -> None: ...
 
 
+class MadeAhead:
+    """Bytes of arrays that are asked for in order: the next is made while the caller works on the last."""
+
+    def __init__(self, tensors: Mapping[str, ArrayLike], done: Done | None):
+        self._left = iter([name for name in tensors if done is None or done.get(name) is None])
+        self._tensors, self._worker = tensors, ThreadPoolExecutor(1)
+        self._next = self._start()
+
+    def _start(self) -> tuple[str, Future[memoryview]] | None:
+        name = next(self._left, None)
+        return None if name is None else (name, self._worker.submit(array_bytes, name, self._tensors[name]))
+
+    def __getitem__(self, name: str) -> memoryview:
+        if self._next is None or self._next[0] != name:  # was to be skipped, but its file has not got it
+            return array_bytes(name, self._tensors[name])
+        made = self._next[1].result()
+        self._next = self._start()
+        return made
+
+    def __enter__(self) -> MadeAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+
 # Segments become known as finished in groups, for each group waits for the disk: so many bytes, or so many segments.
 _GROUP_BYTES, _GROUP = 2**24, 16
 

@@ -19,9 +19,9 @@ from mllama_jax.convert.files import (
     ArrayLike,
     Done,
     GrowingFile,
+    MadeAhead,
     Region,
     TensorFile,
-    array_bytes,
     guess_kind,
     nbytes,
     plain_sizes,
@@ -145,7 +145,7 @@ def write_pth(path: str | Path, tensors: Mapping[str, ArrayLike], done: Done | N
     pickled = _pickle(path, tensors)
     members: list[zipfile.ZipInfo] = []
 
-    with GrowingFile(path, done) as file:
+    with GrowingFile(path, done) as file, MadeAhead(tensors, done) as made:
 
         def member(name: str, size: int) -> zipfile.ZipInfo:
             """A member at the end of the file, its data aligned."""
@@ -167,7 +167,7 @@ def write_pth(path: str | Path, tensors: Mapping[str, ArrayLike], done: Done | N
         for key, (name, array) in enumerate(tensors.items()):
             info, note = member(f"data/{key}", nbytes(array)), file.note(name, nbytes(array))
             if note is None:
-                data = array_bytes(name, array)
+                data = made[name]
                 info.CRC = zlib.crc32(data)
                 file.segment(name, {"crc32": info.CRC}, _header(info), data)
             else:

@@ -16,9 +16,9 @@ from mllama_jax.convert.files import (
     ArrayLike,
     Done,
     GrowingFile,
+    MadeAhead,
     Region,
     TensorFile,
-    array_bytes,
     guess_kind,
     nbytes,
     parse_json,
@@ -132,10 +132,10 @@ def write_safetensors(
         header[name] = {"dtype": codes[np.dtype(array.dtype)], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with GrowingFile(path, done) as file:
+    with GrowingFile(path, done) as file, MadeAhead(dict(ordered), done) as made:
         file.append(len(text).to_bytes(8, "little") + text)
         for name, array in ordered:
             if file.note(name, nbytes(array)) is None:
-                file.segment(name, {}, array_bytes(name, array))
+                file.segment(name, {}, made[name])
             else:
                 file.skip(nbytes(array))
