@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllama_jax import planner
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     from mllama_jax.convert.command import add_commands
 
     add_commands(commands)
+    planner.add_parser(commands)
+
     for command in (generate, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

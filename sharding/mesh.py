@@ -141,7 +141,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
     shape, named = tuple(axes.values()), ", ".join(f"{axis} {size}" for axis, size in axes.items())
     if math.prod(shape) != len(devices):
         raise InputError(
-            f"mesh ({named}) takes {math.prod(shape)} devices, there are {len(devices)}; its sizes must multiply to that"
+            f"mesh ({named}) takes {math.prod(shape)} devices, there are {len(devices)}; sizes must multiply to that"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:

@@ -91,8 +91,8 @@ def refuse(directory: str) -> None:
 
     refused(r"expected axes \['data', 'kv', 'q'\], got \['model'\]", mesh(8, axes=("model",)))
     refused(
-        r"text/layers_0/attention/kv/kernel \[4, 2, 16, 64\] on mesh \(data 1, kv 8, q 1\): kv_heads of size 4 does not "
-        r"divide over kv = 8; \[1, 2, 4\] would",
+        r"text/layers_0/attention/kv/kernel \[2, 4, 16, 64\] on mesh \(data 1, kv 8, q 1\): kv_heads of size 4 does "
+        r"not divide over kv = 8; \[1, 2, 4\] would",
         mesh(1, 8, 1),
     )
     refused(

@@ -15,8 +15,8 @@ from mllama_jax.config import TextConfig
 class KVCache:
     """Keys and values of one layer, each [B, K, S, H].
 
-    Positions stand beside the head width because a TPU keeps the last two axes in tiles of 8 x 128: with the heads there
-    it would copy the whole cache at each dispatch.
+    Positions stand beside the head width because a TPU keeps the last two axes in tiles of 8 x 128: with the heads
+    there it would copy the whole cache at each dispatch.
     """
 
     k: jax.Array
