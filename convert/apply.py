@@ -25,6 +25,7 @@ from mllama_jax.convert.axes import (
     forward,
     grid_to_ratios,
     part_index,
+    piece,
     ratios_to_grid,
     source_shapes,
 )
@@ -164,8 +165,11 @@ def tensors(
         kind = dtype or parameter.dtype
         shapes = source_shapes(row, source, parameter.shape)
         for i, (name, shape) in enumerate(zip(source.names, shapes, strict=True)):
-            cut = _shard(name, shape, shard, shards) if layout == "meta" else everything(shape)
-            lengths = tuple(each.stop - each.start for each in cut)
+            split = meta_split(name) if layout == "meta" and shards > 1 else None
+            if split is not None and shape[split] % shards:
+                raise InputError(f"{name}: {list(shape)} does not divide into {shards} shards along axis {split}")
+            lengths = tuple(n // shards if axis == split else n for axis, n in enumerate(shape))
+            cut = None if split is None else (split, shard, shards)
             make = functools.partial(_write, row, source, parameter, i, cut, kind, extras.get(row.name))
             made[name] = LazyArray(lengths, kind, make)
     if layout == "meta":
@@ -176,27 +180,32 @@ def tensors(
 
 
 def _write(
-    row: Row, source: Source, parameter: Parameter, i: int, cut: Index, dtype: np.dtype, cells: np.ndarray | None
+    row: Row,
+    source: Source,
+    parameter: Parameter,
+    i: int,
+    cut: tuple[int, int, int] | None,
+    dtype: np.dtype,
+    cells: np.ndarray | None,
 ) -> np.ndarray:
-    """The slice `cut` of the source tensor number `i` of a parameter; a view where axes and dtype allow it."""
-    part = parameter.read(part_index(source, i, parameter.shape))
+    """The source tensor number `i` of a parameter; a view where axes and dtype allow it.
+
+    Args:
+        cut: axis, number and count, where only one of so many equal pieces is wanted.
+    """
+    index, shortened = part_index(source, i, parameter.shape), None
+    if cut is not None and (found := piece(source, i, index, *cut)):
+        index, shortened = found[0], (found[1], cut[2])
+    part = parameter.read(index)
     if source.grid:
         part = ratios_to_grid(row, part, cells)
     if source.stack is not None:
         part = part.squeeze(source.stack)
     if not source.patterns[i].startswith("..."):
-        part = backward(row, source.patterns[i], part)
-    return part[cut].astype(dtype, copy=False)
-
-
-def _shard(name: str, shape: Shape, shard: int, shards: int) -> Index:
-    """The part of a tensor that the model-parallel file number `shard` holds."""
-    axis = meta_split(name)
-    if axis is not None and shape[axis] % shards:
-        raise InputError(f"{name}: {list(shape)} does not divide into {shards} shards along axis {axis}")
-    return tuple(
-        slice(shard * n // shards, (shard + 1) * n // shards) if i == axis else slice(0, n) for i, n in enumerate(shape)
-    )
+        part = backward(row, source.patterns[i], part, shortened)
+    if cut is not None and shortened is None:
+        part = np.split(part, cut[2], cut[0])[cut[1]]
+    return part.astype(dtype, copy=False)
 
 
 Extras = Mapping[str, np.ndarray]

@@ -62,10 +62,17 @@ def forward(row: Row, pattern: str, files: list[np.ndarray], split: int | None, 
     return merged[tuple(slice(None) if len(g) == 1 else cut for g, cut in zip(groups(right), index, strict=True))]
 
 
-def backward(row: Row, pattern: str, part: np.ndarray) -> np.ndarray:
-    """A whole part of our parameter -> the source tensor; a view where axes allow it."""
+def backward(row: Row, pattern: str, part: np.ndarray, cut: tuple[str, int] | None = None) -> np.ndarray:
+    """A part of our parameter -> the source tensor; a view where axes allow it.
+
+    Args:
+        cut: an axis of the pattern of which `part` has only one of so many equal pieces.
+    """
     pattern = " -> ".join(reversed(pattern.split(" -> ")))
-    return einops.rearrange(part, pattern, **_sizes(row, pattern))
+    lengths = _sizes(row, pattern)
+    if cut is not None and cut[0] in lengths:
+        lengths[cut[0]] //= cut[1]
+    return einops.rearrange(part, pattern, **lengths)
 
 
 def part_index(source: Source, i: int, shape: Shape) -> Index:
@@ -76,6 +83,23 @@ def part_index(source: Source, i: int, shape: Shape) -> Index:
         start = sum(source.concat[:i])
         return (slice(start, start + source.concat[i]), *everything(shape[1:]))
     return everything(shape)
+
+
+def piece(source: Source, i: int, index: Index, split: int, number: int, pieces: int) -> tuple[Index, str] | None:
+    """Of the part `i`, which lies at `index`, what makes one of some equal pieces of its source tensor along `split`.
+
+    Returns:
+        its index, and the name of the axis that is cut; None where that is no slice: it cuts through heads.
+    """
+    left, right = (groups(side) for side in source.patterns[i].split(" -> "))
+    axis = left[split][0]
+    place = right.index([axis])
+    place += source.stack is not None and place >= source.stack
+    start, length = index[place].start, index[place].stop - index[place].start
+    if length % pieces:
+        return None
+    cut = slice(start + number * length // pieces, start + (number + 1) * length // pieces)
+    return (*index[:place], cut, *index[place + 1 :]), axis
 
 
 def source_shapes(row: Row, source: Source, target: Shape) -> list[Shape]:

@@ -165,9 +165,7 @@ def _read_lora(directory: Path) -> dict[str, Delta]:
     for name in file.tensors:
         match = _ADAPTER.fullmatch(name)
         if match is None or len(file.tensors[name].shape) != 2:
-            raise InputError(
-                f"{file.path}: tensor {name!r} cannot be merged; expected matrices lora_A and lora_B only"
-            )
+            raise InputError(f"{file.path}: tensor {name!r} cannot be merged; expected matrices lora_A and lora_B only")
         halves.setdefault(match[1], {})[match[2]] = file.read(name)
     deltas = {}
     for module, half in halves.items():
@@ -175,7 +173,6 @@ def _read_lora(directory: Path) -> dict[str, Delta]:
             raise InputError(f"{file.path}: {module}: expected lora_A [rank, in] and lora_B [out, rank]")
         scale = _scale(path, settings, module, len(half["A"]))
         deltas[canonical(f"{module}.weight")] = Delta(half["A"], half["B"], scale)
-        )
     return deltas
 
 

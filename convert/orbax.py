@@ -33,7 +33,7 @@ from mllama_jax.model.mllama import abstract_parameters
 # Chunks are the least that can be read. What a mesh may split is cut into at most 16, as far as chunks keep a quarter
 # of a megabyte.
 _PIECES, _SMALLEST = 16, 2**18
-_IN_FLIGHT = 2**25  # bytes of small arrays that go to disk together; of large ones only one does
+_IN_FLIGHT = 2**29  # bytes of arrays that go to disk together; of larger ones only one does
 
 
 def write_arrays(
@@ -54,8 +54,9 @@ def write_arrays(
         create = {"create": True, "delete_existing": True, "store_data_equal_to_fill_value": True}
         array = store.array(name, metadata=metadata, **create)
         with explained(f"{store.location}/{name}"):
-            array.write(value, can_reference_source_data_indefinitely=True).result()
-        digest = digest_of(array_bytes(name, value))
+            written = array.write(value, can_reference_source_data_indefinitely=True)
+            digest = digest_of(array_bytes(name, value))
+            written.result()
         done.add(name, {"dtype": value.dtype.name, "shape": list(value.shape), "sha256": digest})
 
     waiting: deque[tuple[Future[None], int]] = deque()

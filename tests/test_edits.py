@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,8 @@ from tests.archives import fault
 from tests.conftest import SMALL
 from tests.test_convert import assert_same, random_params, renamed
 
-TEXT = MllamaConfig(
-    dataclasses.replace(SMALL.text, layers=4, cross_layers=(), extra_embeddings=0),
-    None,
-    SMALL.bos,
-    SMALL.pad,
-    SMALL.stops,
-)
-LAYERS = {0: 0, 2: 1, 3: 2, 5: 3}  # self-attention layers of SMALL -> layers of TEXT
+DECODER = dataclasses.replace(SMALL.text, layers=4, cross_layers=(), extra_embeddings=0)
+TEXT = MllamaConfig(DECODER, None, SMALL.bos, SMALL.pad, SMALL.stops)
 TOKENS = [[512, 5, 6, 7, 300, 20]]
 
 
@@ -77,7 +72,7 @@ def test_decoders_that_do_not_fit(small_directory: Path, text_directory: Path, t
         (text_directory, {"text_only": True}, "--text-only: the source is text-only already"),
     ]
     for source, settings, message in cases:
-        assert message in fault(lambda: convert(source, tmp_path / "target", to="hf", **settings))
+        assert message in fault(functools.partial(convert, source, tmp_path / "target", to="hf", **settings))
     write_hf(tmp_path / "half", random_params(TEXT), TEXT, np.dtype("float16"))
     half = tmp_path / "half"
     message = fault(lambda: convert(small_directory, tmp_path / "target", to="hf", text_from=half))
