@@ -14,7 +14,7 @@ from mllama_jax.sharding.hlo import Collective
 from mllama_jax.sharding.mesh import CHIPS, Topology, make_mesh
 from mllama_jax.sharding.programs import Compiled, DoesNotFit, Programs, Workload, compile_program
 from mllama_jax.sharding.resolve import device_bytes
-from mllama_jax.sharding.roofline import Floor, expected_collectives, floor, temporaries
+from mllama_jax.sharding.roofline import Floor, expected_collectives, floor, row_temporaries, temporaries
 from mllama_jax.sharding.rules import check_preset, mesh_axes, preset_rules
 
 GIB = 2**30
@@ -144,14 +144,15 @@ def programs_on(
 
 
 def largest_slots(programs: Programs, load: Workload, usable: int, found: dict[str, ProgramPlan]) -> int:
-    """How many rows fit, taking decode's temporaries to grow as rows do."""
+    """How many rows fit, by the temporaries of `found`; those of decode grow with the rows."""
     step = programs.rules.parts("batch")
     each = sum(_caches(programs, dataclasses.replace(load, slots=step)))
     left = usable - device_bytes(programs.params)
     fixed = max((p.temporaries + p.code for name, p in found.items() if name != "decode"), default=0)
     decode = found["decode"]
-    row = decode.temporaries / (load.slots / step)
-    return step * max(0, int(min((left - fixed) / each, (left - decode.code) / (each + row))))
+    row = row_temporaries(programs.config.text)
+    rest = decode.code + max(0, decode.temporaries - row * load.slots // step)
+    return step * max(0, int(min((left - fixed) // each, (left - rest) // (each + row))))
 
 
 def _check_load(programs: Programs, load: Workload) -> None:

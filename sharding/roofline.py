@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from mllama_jax.config import TextConfig
 from mllama_jax.generate.decode import CHUNK
 from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
 from mllama_jax.sharding.hlo import Collective
@@ -85,12 +86,17 @@ def expected_collectives(programs: Programs, load: Workload) -> Counter[Collecti
     return found
 
 
+def row_temporaries(text: TextConfig) -> int:
+    """About what decode needs for one more row: its logits, and what sorting them takes, eight times in float32."""
+    return 8 * 4 * text.vocab
+
+
 def temporaries(programs: Programs, load: Workload) -> dict[str, int]:
     """About what each program needs beside its arguments, in bytes a device."""
     text, vision, rules = programs.config.text, programs.config.vision, programs.rules
     size, heads = programs.model.dtype.itemsize, rules.parts("heads")
     rows = load.slots // rules.parts("batch")
-    decode = 3 * 4 * rows * text.vocab + 2**26
+    decode = row_temporaries(text) * rows + 2**26
     t = largest_divisor(load.context, CHUNK)
     scores = min(text.heads * t * load.context, SCORES_AT_ONCE) // heads
     prefill = t * size * (4 * text.width + 3 * text.hidden // rules.parts("mlp")) + 10 * scores + 2**27
