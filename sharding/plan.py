@@ -78,12 +78,14 @@ def plan(
     preset: str = "serve",
     group: int | None = None,
     compiled: bool | None = None,
+    decode: tuple[int, int] | None = None,
 ) -> Plan:
     """Plan to serve `load`.
 
     Args:
         group: how many devices share a row (see `rules.mesh_axes`); `evaluate` takes as few as hold the weights.
         compiled: ask the compiler; by default where there is one for this chip.
+        decode: bytes of temporaries and code of the decode step, where they are known and all else is by arithmetic.
 
     Raises:
         InputError: the preset, the group or the load cannot be on this slice.
@@ -93,6 +95,8 @@ def plan(
     programs = programs_on(config, topology, preset, group, abstract=not compiled)
     _check_load(programs, load)
     found = _compile(programs, load) if compiled else _estimate(programs, load)
+    if decode is not None:
+        found["decode"] = dataclasses.replace(found["decode"], temporaries=decode[0], code=decode[1])
     weights = device_bytes(programs.params)
     self_cache, image_cache = _caches(programs, load)
     need = weights + self_cache + image_cache + max(each.temporaries + each.code for each in found.values())
