@@ -18,27 +18,11 @@ from mllama_jax.sharding.plan import Plan, plan, programs_on
 from mllama_jax.sharding.programs import Compiled, DoesNotFit, Workload, compile_program
 
 MODELS = {"11B": "11b-instruct", "90B": "90b-instruct"}
-SLICES = [
-    "v5e:1x1",
-    "v5e:2x2",
-    "v5e:2x4",
-    "v5e:4x4",
-    "v6e:1x1",
-    "v6e:2x2",
-    "v6e:2x4",
-    "v6e:4x4",
-    "v5p:2x1x1",
-    "v5p:2x2x1",
-    "v5p:2x2x2",
-    "tpu7x:1x1x1",
-    "tpu7x:2x2x1",
-    "h100:1",
-    "h100:2",
-    "h100:4",
-    "h100:8",
-    "h200:1",
-    "h200:8",
-]
+SLICES = (
+    *("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:1x1", "v6e:2x2", "v6e:2x4", "v6e:4x4"),
+    *("v5p:2x1x1", "v5p:2x2x1", "v5p:2x2x2", "tpu7x:1x1x1", "tpu7x:2x2x1"),
+    *("h100:1", "h100:2", "h100:4", "h100:8", "h200:1", "h200:8"),
+)
 CHECKED = (("11B", "v6e:1x1"), ("11B", "v5e:2x2"), ("90B", "v6e:2x4"), ("90B", "v5e:4x4"), ("90B", "v5p:2x2x1"),
            ("90B", "v6e:4x4"))  # fmt: skip
 LOAD = Workload(slots=8, context=8192, images=1)

@@ -121,7 +121,8 @@ class Programs:
         )
         return jax.tree.map(lambda x: self._array(x.shape, x.dtype, "batch"), shapes)
 
-    def _array(self, shape: tuple[int, ...], dtype: Any, *names: str) -> jax.ShapeDtypeStruct:
+    def _array(self, shape: tuple[int, ...], dtype: Any, *names: str) -> Any:
+        """An abstract array, where the program takes a real one."""
         for size, name in zip(shape, names, strict=False):
             check_axis(size, name, self.rules)
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=self.rules.sharding(*names))
@@ -141,7 +142,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
         seconds = time.monotonic() - start
         (file,) = Path(dump).glob("*after_optimizations.txt")
         text = file.read_text()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         arguments=memory.argument_size_in_bytes,

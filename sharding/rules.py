@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
@@ -40,11 +40,11 @@ LOGICAL_AXES = {
 class Rules:
     """Where each logical axis lies on `mesh`. Hashable: a jitted function that holds it is traced when it changes."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     table: tuple[tuple[str, MeshAxes], ...]
 
     @classmethod
-    def of(cls, mesh: Mesh, table: Mapping[str, MeshAxes]) -> Rules:
+    def of(cls, mesh: Mesh | AbstractMesh, table: Mapping[str, MeshAxes]) -> Rules:
         """Rules from a dictionary; an axis that it leaves out is not split. Raises InputError on unknown names."""
         if unknown := sorted(set(table) - set(LOGICAL_AXES)):
             raise InputError(f"rules: unknown logical axes {unknown}; known are {', '.join(LOGICAL_AXES)}")
@@ -145,7 +145,7 @@ def mesh_axes(preset: str, config: MllamaConfig, devices: int, group: int | None
     return {"data": devices // group, "kv": kv, "q": group // kv}
 
 
-def preset_rules(preset: str, config: MllamaConfig, mesh: Mesh) -> Rules:
+def preset_rules(preset: str, config: MllamaConfig, mesh: Mesh | AbstractMesh) -> Rules:
     """The rules of a preset on a mesh that has its axes."""
     check_preset(preset)
     rules = Rules.of(mesh, PRESETS[preset])
