@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,9 +15,14 @@ from PIL import Image
 
 import mllama_jax
 from mllama_jax import Mllama
+from mllama_jax.convert.apply import read_config
+from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
+from mllama_jax.sharding.hlo import KINDS
 from mllama_jax.sharding.mesh import make_mesh
-from mllama_jax.sharding.rules import MeshAxes
+from mllama_jax.sharding.programs import Programs, Workload, compile_program
+from mllama_jax.sharding.resolve import device_bytes
+from mllama_jax.sharding.rules import MeshAxes, preset_rules
 
 IMAGE = 768
 
@@ -112,5 +118,20 @@ def refuse(directory: str) -> None:
     print("refused")
 
 
+def clean(directory: str) -> None:
+    """The compiled decode step: two all-reduces a layer, gathers of embedding and logits; caches in their place."""
+    config = read_config(open_checkpoint(Path(directory)))
+    mesh, load = make_mesh({"data": 1, "kv": 4, "q": 2}, jax.devices()), Workload(4, 64, 1)
+    programs = Programs(config, preset_rules("serve", config, mesh), "float32")
+    compiled = compile_program(programs.decode(load))
+    counts = Counter(dict.fromkeys(KINDS, 0))
+    for collective, count in compiled.collectives.items():
+        assert collective.group == 8
+        counts[collective.kind] += count
+    assert +counts == {"all-reduce": 2 * config.text.layers, "all-gather": 2}
+    assert compiled.aliased >= device_bytes(programs.cache(load.slots, load.context))
+    print("clean")
+
+
 if __name__ == "__main__":
-    {"compare": compare, "refuse": refuse}[sys.argv[1]](sys.argv[2])
+    {"compare": compare, "refuse": refuse, "clean": clean}[sys.argv[1]](sys.argv[2])

@@ -74,6 +74,11 @@ def test_what_cannot_be_placed_is_refused(spread_directory: Path) -> None:
     assert run(8, "refuse", str(spread_directory)) == "refused\n"
 
 
+def test_the_compiled_decode_step_is_clean(spread_directory: Path) -> None:
+    """On CPU devices; tests/oracle asks the TPU's compiler at full size."""
+    assert run(8, "clean", str(spread_directory)) == "clean\n"
+
+
 def test_every_logical_axis_is_known() -> None:
     """The table of logical axes names all that parameters and activations use, and nothing else."""
     used: set[str | None] = set()
