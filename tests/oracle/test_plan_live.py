@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections import Counter
 
 import jax
 import pytest
 
-from mllama_jax.config import PRESETS, MllamaConfig
+from mllama_jax.config import PRESETS
+from mllama_jax.sharding.fit_table import extrapolated, shallow
 from mllama_jax.sharding.hlo import Program
 from mllama_jax.sharding.mesh import topology
 from mllama_jax.sharding.plan import plan, programs_on
@@ -19,12 +20,6 @@ from mllama_jax.sharding.roofline import temporaries
 MODEL = PRESETS["90b-instruct"]
 SERVED = Workload(slots=8, context=8192, images=1)
 LONG = Workload(slots=1, context=131072, images=1)
-
-
-def shallow(layers: int) -> MllamaConfig:
-    text = MODEL.text
-    cross = tuple(i for i in text.cross_layers if i < layers)
-    return dataclasses.replace(MODEL, text=dataclasses.replace(text, layers=layers, cross_layers=cross))
 
 
 def check_collectives(programs: Programs, compiled: Compiled, load: Workload) -> None:
@@ -54,16 +49,20 @@ def check_in_place(programs: Programs, compiled: Compiled, load: Workload) -> No
     assert compiled.temporaries < temporaries(programs, load)["decode"] + layer
 
 
+@functools.cache
+def decode_step(name: str) -> Compiled:
+    return compile_program(programs_on(MODEL, topology(name), "serve").decode(SERVED))
+
+
 @pytest.mark.parametrize("name", ["v6e:2x4", "v5p:2x2x1", "v6e:16x16"])
 def test_the_decode_step_is_clean(name: str) -> None:
-    programs = programs_on(MODEL, topology(name), "serve")
-    compiled = compile_program(programs.decode(SERVED))
+    programs, compiled = programs_on(MODEL, topology(name), "serve"), decode_step(name)
     check_collectives(programs, compiled, SERVED)
     check_in_place(programs, compiled, SERVED)
 
 
 def test_the_collectives_of_tpu7x() -> None:
-    programs = programs_on(shallow(10), topology("tpu7x:2x2x1"), "serve")
+    programs = programs_on(shallow(MODEL, 5), topology("tpu7x:2x2x1"), "serve")
     check_collectives(programs, compile_program(programs.decode(SERVED)), SERVED)
 
 
@@ -76,9 +75,7 @@ def test_131072_tokens_with_a_picture_fit(name: str) -> None:
 
 
 def test_depth_extrapolates() -> None:
-    """Arguments of 5 and 10 layers give those of 15, so that tables need no full depth."""
-    five, ten, fifteen = (
-        compile_program(programs_on(shallow(n), topology("v6e:2x4"), "serve").decode(SERVED)).arguments
-        for n in (5, 10, 15)
-    )
-    assert fifteen == pytest.approx(2 * ten - five, rel=1e-4)
+    """What the fit table extrapolates from 5 and 10 layers is what full depth needs."""
+    sizes = extrapolated(MODEL, "v6e:2x4")
+    full = decode_step("v6e:2x4")
+    assert sum(sizes.values()) == pytest.approx(full.arguments + full.temporaries + full.code, rel=0.01)
