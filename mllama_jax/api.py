@@ -94,7 +94,7 @@ class Mllama:
         self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images, **settings: Any
     ) -> list[list[int]]:
         """Continue rows of ids; returns the new ids of each, a stop token included. Settings as in `SamplingParams`."""
-        params = SamplingParams(**settings)
+        params = SamplingParams.of(settings)
         if params.n != 1:
             raise InputError(f"n must be 1 for rows of token ids, got {params.n}; repeat the rows")
         prompts = [Prompt(row, list(own)) for row, own in zip(*_rows(tokens, images), strict=True)]
@@ -119,7 +119,7 @@ class Mllama:
         if params is not None and settings:
             raise InputError(f"give params or {', '.join(settings)}, not both")
         if params is None:
-            params = [SamplingParams(**settings)] * len(conversations)
+            params = [SamplingParams.of(settings)] * len(conversations)
         if isinstance(params, SamplingParams):
             raise InputError("params must be a list, one SamplingParams for each conversation")
         if len(params) != len(conversations):
@@ -135,7 +135,7 @@ class Mllama:
 
         Closing the iterator ends the work.
         """
-        params, prompt = SamplingParams(**settings), self.prompt(conversation)
+        params, prompt = SamplingParams.of(settings), self.prompt(conversation)
         if params.n != 1:
             raise InputError(f"n must be 1 to stream, got {params.n}")
         (answer,) = self._start([params], self._tokenizer())

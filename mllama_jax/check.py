@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,17 @@ def environment() -> dict[str, Any]:
     return {
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
-        **{package: version(package) for package in ("mllama-jax", "jax", "jaxlib", "flax", "numpy")},
+        **{package: _version(package) for package in ("mllama-jax", "jax", "jaxlib", "flax", "numpy")},
         "python": platform.python_version(),
         "system": platform.platform(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its folder
+        return "not installed"
 
 
 def findings() -> Iterator[Finding]:
@@ -89,10 +96,8 @@ def attentions() -> Iterator[Finding]:
         draw = iter(jax.random.split(jax.random.key(queries), 3))
         q = jax.random.normal(next(draw), (rows, queries, 2, 4, 128))
         k, v = (jax.random.normal(next(draw), (rows, keys, 2, 128)) for _ in range(2))
-        mask = jnp.arange(keys)[None] <= jnp.arange(queries)[:, None] + keys - queries
-        mask = (
-            jnp.broadcast_to(mask, (rows, queries, keys)) if use != "vision" else jnp.ones((rows, queries, keys), bool)
-        )
+        mask = (jnp.arange(keys) <= jnp.arange(queries)[:, None] + keys - queries) | (use == "vision")
+        mask = jnp.broadcast_to(mask, (rows, queries, keys))
         weights = attention_weights(q, k, mask)
         plain = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision="highest")
         for dtype, limit in LIMITS.items():

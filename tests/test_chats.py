@@ -149,10 +149,9 @@ def test_terminal_mistakes_cost_one_line(small: Mllama, tmp_path: Path, capsys: 
     assert terminal.chat.messages == []
 
 
-def test_ctrl_c_stops_the_answer(
-    small: Mllama, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, interrupted = decode.decode, []
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Let ctrl-C meet the first call of one of the compiled programs."""
+    original, interrupted = getattr(decode, program), []
 
     def interrupt(*args: Any, **options: Any) -> Any:
         if not interrupted:
@@ -160,7 +159,13 @@ def test_ctrl_c_stops_the_answer(
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(decode, "decode", interrupt)
+    monkeypatch.setattr(decode, program, interrupt)
+
+
+def test_ctrl_c_stops_the_answer(
+    small: Mllama, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_once(monkeypatch, "decode")
     terminal, _, _ = talk(small, ["Hello", "And now?"], capsys)
     assert [message["role"] for message in terminal.chat.messages] == ["user", "assistant"] * 2
 
@@ -168,15 +173,7 @@ def test_ctrl_c_stops_the_answer(
 def test_ctrl_c_before_the_first_token_keeps_the_picture(
     small: Mllama, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, interrupted = decode.prefill, []
-
-    def interrupt(*args: Any, **options: Any) -> Any:
-        if not interrupted:
-            interrupted.append(True)
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(decode, "prefill", interrupt)
+    interrupt_once(monkeypatch, "prefill")
     picture(1).save(photo := tmp_path / "photo.png")
     terminal, out, _ = talk(small, [f"/image {photo}", "What is it?", "And now?"], capsys)
     assert "its pictures wait for the next" in out

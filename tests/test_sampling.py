@@ -201,7 +201,19 @@ def test_contradictory_or_bad_settings(values: dict[str, Any], message: str) -> 
         SamplingParams(**values)
 
 
+def test_half_a_character_at_the_limit_is_left_out(small: Mllama) -> None:
+    tokenizer = small.tokenizer
+    assert tokenizer is not None
+    tokens = tokenizer.encode("abc👩", specials=False)[:-1]
+    cut = Answer(SamplingParams(max_new_tokens=len(tokens)), (), tokenizer)
+    column, nothing = np.array([tokens]), np.zeros((1, len(tokens), 0))
+    cut.push(Made(column, column * 0.0, nothing, nothing), 0, len(tokens))  # pyright: ignore[reportArgumentType]
+    assert (cut.text, cut.finish_reason) == ("abc", "length")
+
+
 def test_params_or_settings(small: Mllama) -> None:
+    with pytest.raises(InputError, match="max_tokens is not a setting; known are max_new_tokens"):
+        small.generate([question(None, "Hi")], max_tokens=3)
     with pytest.raises(InputError, match="give params or seed, not both"):
         small.generate([question(None, "Hi")], [SamplingParams()], seed=1)
     with pytest.raises(InputError, match="params must be as many as conversations, got 2 and 1"):

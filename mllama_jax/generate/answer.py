@@ -76,7 +76,8 @@ class Answer:
     def _end(self, reason: str) -> None:
         self.finish_reason = reason
         if self._stream is not None:
-            self._held += self._stream.finish()
+            if reason == "stop":  # a limit may cut a character in two, and half of one is left out
+                self._held += self._stream.finish()
             if not self._meets_stop():
                 self.text += self._held
 

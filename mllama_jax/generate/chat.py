@@ -57,7 +57,7 @@ class Chat:
 
         Raises InputError and leaves the conversation as it was where the message or a setting cannot be used.
         """
-        params = SamplingParams(**settings)
+        params = SamplingParams.of(settings)
         if params.n != 1:
             raise InputError(f"n must be 1 in a chat, got {params.n}")
         answer = self._start(params)

@@ -113,7 +113,16 @@ class SamplingParams:
                 raise InputError(f"stop_ids must be a list of token ids, got {self.stop_ids!r}")
             object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 
-    def each(self) -> list[SamplingParams]:
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> SamplingParams:
+        """From settings by name; InputError for a name that is none."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise InputError(f"{unknown[0]} is not a setting; known are {', '.join(known)}")
+        return cls(**settings)
+
+    def each(self) -> Sequence[SamplingParams]:
         """The settings of each of the n answers."""
         return [dataclasses.replace(self, n=1, seed=(self.seed + i) % 2**32) for i in range(self.n)]
 

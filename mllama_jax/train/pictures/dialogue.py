@@ -10,7 +10,7 @@ import numpy as np
 from mllama_jax.train.pictures import charts, pairs, scenes, text
 from mllama_jax.train.pictures.canvas import coin, pick
 from mllama_jax.train.pictures.charts import Chart
-from mllama_jax.train.pictures.example import Asked, Example
+from mllama_jax.train.pictures.example import ORDINALS, Asked, Example
 from mllama_jax.train.pictures.scenes import PLACES, Scene
 
 
@@ -44,9 +44,10 @@ def everything(contents: Sequence[object], rng: np.random.Generator) -> Asked | 
     if isinstance(content, Scene):
         things = sorted(content.things, key=lambda thing: PLACES.index(thing.place))
         answer = ", ".join(f"{thing.colour} {thing.shape} {scenes.at(thing.place)}" for thing in things)
-        ask = ("What is in the picture?", "Describe the picture.", "List all shapes.")
         if len(contents) > 1:
-            ask = (f"What is in the {pairs.ORDINALS[n]} picture?", f"Describe the {pairs.ORDINALS[n]} picture.")
+            ask = (f"What is in the {ORDINALS[n]} picture?", f"Describe the {ORDINALS[n]} picture.")
+        else:
+            ask = ("What is in the picture?", "Describe the picture.", "List all shapes.")
         return Asked(pick(rng, ask), answer, tuple(thing.box for thing in things))
     if isinstance(content, Chart):
         answer = ", ".join(f"{bar.name} {bar.value}" for bar in content.bars)

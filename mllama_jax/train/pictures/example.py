@@ -46,7 +46,7 @@ class Asked(NamedTuple):
     boxes: tuple[Box, ...] = ()
 
 
-_ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("first", "second", "third", "fourth")
 
 
 def conversation(example: Example) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def conversation(example: Example) -> list[dict[str, Any]]:
     once could not tell the first from the second, while a caption between them sees only the picture before it.
     """
     content: list[dict[str, Any]] = []
-    for image, ordinal in zip(example.images, _ORDINALS, strict=False):
+    for image, ordinal in zip(example.images, ORDINALS[: len(example.images)], strict=True):
         content.append({"type": "image", "image": image})
         if len(example.images) > 1:
             content.append({"type": "text", "text": f"This is the {ordinal} picture. "})

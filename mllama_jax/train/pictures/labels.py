@@ -22,11 +22,11 @@ CLASSES = {
     "place": 1 + len(PLACES),
     "colour": 1 + len(COLOURS),
     "shape": 1 + len(SHAPES),
-    "part": 1 + 6,
+    "part": 1 + 6,  # as many bars as a chart has at most
     "category": 1 + len(CATEGORIES),
-    "value": 1 + 100,
+    "value": 1 + 100,  # itself: no bar has the value 0
     "character": 1 + len(CHARACTERS),
-    "number": 1 + 12,  # of the character in its word
+    "number": 1 + 12,  # of the character in its word, none of which is longer
 }
 _ASPECTS = {aspect: n for n, aspect in enumerate(CLASSES)}
 

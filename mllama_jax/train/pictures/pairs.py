@@ -8,10 +8,9 @@ import numpy as np
 
 from mllama_jax.train.pictures import canvas, scenes
 from mllama_jax.train.pictures.canvas import pick
-from mllama_jax.train.pictures.example import Asked, Box, Example
+from mllama_jax.train.pictures.example import ORDINALS, Asked, Box, Example
 from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Scene, Way, a, boxes, noun
 
-ORDINALS = ("first", "second")
 _RATIOS = ((1, 1), (1, 2), (2, 1), (2, 2))
 _WAYS = [(colour, shape) for colour in (None, *COLOURS) for shape in (None, *SHAPES)]
 
@@ -21,7 +20,7 @@ def _found(pair: Sequence[Scene], way: Way) -> tuple[Box, ...]:
 
 
 def _more(pair: Sequence[Scene], lot: float, rng: np.random.Generator) -> Asked | None:
-    answer = (*ORDINALS, "the same")[int(3 * lot)]
+    answer = (*ORDINALS[:2], "the same")[int(3 * lot)]
     ways = []
     for way in _WAYS:
         first, second = (len(scene.find(*way)) for scene in pair)

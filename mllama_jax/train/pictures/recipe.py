@@ -90,9 +90,9 @@ def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
 def train(
     out: Path, begin: Path | None, rows: Mapping[str, int], minutes: float, peak: float, seed: int, workers: int
 ) -> None:
-    """Train on so many rows of each family a step, for so many minutes; leaves a checkpoint in `out`.
+    """Train on so many rows of each family a step, for so many minutes, and leave a checkpoint in `out`.
 
-    It starts from nothing or from the checkpoint `begin`.
+    Training begins with nothing or with the checkpoint `begin`; the reading of patches and Adam's moments begin anew.
 
     The learning rate follows the clock, a short way up and then a cosine down to nothing: however fast the machine is,
     the training is finished when its time is.
@@ -133,9 +133,9 @@ def rate(done: float) -> float:
 
 
 def _share(text: str) -> tuple[str, int]:
-    family, count = text.split("=")
-    if family not in FAMILIES:
-        raise argparse.ArgumentTypeError(f"{family!r} is not one of {', '.join(FAMILIES)}")
+    family, _, count = text.partition("=")
+    if family not in FAMILIES or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"expected FAMILY=N with a family of {', '.join(FAMILIES)}, got {text!r}")
     return family, int(count)
 
 
