@@ -20,6 +20,7 @@ lint: $(VENV)/.test
 # What `make test` leaves out: Meta's code and two versions of transformers on the same weights.
 test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done
 	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
+	MLLAMA_TRANSFORMERS_4_45_WHEEL=$(VENV)-transformers-4.54/transformers-4.45.2-py3-none-any.whl \
 		$(VENV)-oracle/bin/python -m pytest tests/oracle
 
 $(VENV)/bin/python:
@@ -39,7 +40,7 @@ $(VENV)-oracle/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-oracle
 	$(VENV)-oracle/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-oracle/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17"
+	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17" peft
 	touch $@
 
 $(VENV)-transformers-4.54/.done:
@@ -47,4 +48,5 @@ $(VENV)-transformers-4.54/.done:
 	$(VENV)-transformers-4.54/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-transformers-4.54/bin/python -m pip install --quiet torch==2.13.0
 	$(VENV)-transformers-4.54/bin/python -m pip install --quiet transformers==4.54.1 pillow safetensors numpy
+	$(VENV)-transformers-4.54/bin/python -m pip download --quiet --no-deps --dest $(VENV)-transformers-4.54 transformers==4.45.2
 	touch $@

@@ -1,10 +1,11 @@
-"""Between a checkpoint's tensors and our parameter tree, both ways, one tensor at a time, by the rows of the table."""
+"""Between a checkpoint's tensors and our parameters, both ways, one tensor at a time, by the rows of the table."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import einops
@@ -13,18 +14,31 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mllama_jax.config import ASPECT_RATIOS, MllamaConfig
+from mllama_jax.config import MllamaConfig
+from mllama_jax.convert.axes import (
+    UNREACHABLE,
+    Index,
+    Shape,
+    backward,
+    bounded,
+    everything,
+    forward,
+    grid_to_ratios,
+    part_index,
+    piece,
+    ratios_to_grid,
+    source_shapes,
+)
 from mllama_jax.convert.files import LazyArray
-from mllama_jax.convert.sources import Checkpoint
+from mllama_jax.convert.sources import Checkpoint, meta_split
 from mllama_jax.convert.table import Layout, Row, Source, table
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import abstract_parameters
 
-Shape = tuple[int, ...]
 Path = tuple[str, ...]
 
 # Names since transformers 4.52 -> names before it, which the table uses.
-_RENAMED = {
+RENAMED = {
     "model.language_model.": "language_model.model.",
     "model.vision_model.": "vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
@@ -32,178 +46,226 @@ _RENAMED = {
 }
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """One of our parameters, not read yet: `read(index)` reads the bytes of that slice, as `dtype`."""
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+    mixed: bool = False  # whether it is made of tensors of several dtypes, of which `dtype` is the widest
+
+    @classmethod
+    def of(cls, value: Any) -> Parameter:
+        """An array that is in memory."""
+        array = np.asarray(value)
+        return cls(array.shape, array.dtype, lambda index: array[index])
+
+    def whole(self) -> np.ndarray:
+        return self.read(everything(self.shape))
+
+
+Parameters = Mapping[Path, Parameter]
+
+
 def read_config(checkpoint: Checkpoint) -> MllamaConfig:
     """The configuration that a checkpoint's JSON files, and in Meta's layout its tensors, describe."""
-    if checkpoint.layout == "hf":
-        return MllamaConfig.from_hf(checkpoint.config_json, checkpoint.generation_json)
-    return MllamaConfig.from_meta(checkpoint.params_json, checkpoint.shapes)
+    if checkpoint.layout == "meta":
+        return MllamaConfig.from_meta(checkpoint.params_json, checkpoint.shapes)
+    return MllamaConfig.from_hf(checkpoint.config_json, checkpoint.generation_json)
 
 
-def load_parameters(
-    checkpoint: Checkpoint, config: MllamaConfig, put: Callable[[Path, np.ndarray], Any]
-) -> dict[str, Any]:
-    """Read every parameter of `config`, handing each to `put` as soon as it is assembled.
-
-    Args:
-        put: takes a target path and its host array to where it shall live (casts, places on devices).
+def parameters(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Parameter]:
+    """Every parameter of `config`, to be read from the checkpoint.
 
     Raises:
         InputError: see `check_shapes`.
     """
-    names = _canonical_names(checkpoint, config)
-    shapes = check_shapes(checkpoint, config)
-    rows = table(config)
+    names, shapes = _canonical_names(checkpoint, config), check_shapes(checkpoint, config)
+    found = {}
+    for row in table(config):
+        source, shape = row.source(checkpoint.layout), shapes[row.target]
+        raw = [names[name] for name in source.names]
+        kinds = {checkpoint.dtypes[name] for name in raw}
+        read = functools.partial(_read, checkpoint, row, source, raw, shape)
+        found[row.target] = Parameter(shape, functools.reduce(np.promote_types, kinds), read, len(kinds) > 1)
+    return found
+
+
+def _read(checkpoint: Checkpoint, row: Row, source: Source, names: list[str], shape: Shape, index: Index) -> np.ndarray:
+    """A slice of our parameter of `shape` from the tensors of which it is made."""
+    if checkpoint.layout == "orbax":
+        return np.asarray(checkpoint.parts(names[0])[0][index])
+
+    def part(i: int, index: Index) -> np.ndarray:
+        files, split = checkpoint.parts(names[i]), checkpoint.split_dim(names[i])
+        return forward(row, source.patterns[i], files, split, index)
+
+    if source.grid:
+        return grid_to_ratios(part(0, everything((shape[1], *shape[1:]))))[index]
+    if source.stack is not None:
+        rest = tuple(cut for axis, cut in enumerate(index) if axis != source.stack)
+        parts = [part(i, rest) for i in range(len(names))[index[source.stack]]]
+        return np.expand_dims(parts[0], source.stack) if len(parts) == 1 else np.stack(parts, axis=source.stack)
+    if source.concat:
+        pieces, start = [], 0
+        for i, length in enumerate(source.concat):
+            rows = slice(max(index[0].start - start, 0), min(index[0].stop - start, length))
+            pieces += [part(i, (rows, *index[1:]))] if rows.start < rows.stop else []
+            start += length
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return part(0, index)
+
+
+def load_parameters(
+    parameters: Parameters, put: Callable[[Path, Shape, Callable[[Index], np.ndarray]], Any]
+) -> dict[str, Any]:
+    """The tree of parameters, each handed to `put` in turn.
+
+    Args:
+        put: takes a target path, a shape and a function that reads a slice of that parameter, to where it shall live.
+    """
     tree: dict[str, Any] = {}
-    total = sum(math.prod(shapes[row.target]) for row in rows)
+    total = sum(math.prod(parameter.shape) for parameter in parameters.values())
     with tqdm(total=total, unit="param", unit_scale=True, desc="loading", leave=False, disable=None) as progress:
-        for row in rows:
-            source = row.source(checkpoint.layout)
-            parts = [_whole(checkpoint, names[name]) for name in source.names]
-            _insert(tree, row.target, put(row.target, assemble(row, source, parts)))
-            progress.update(math.prod(shapes[row.target]))
+        for path, parameter in parameters.items():
+            shape = parameter.shape
+            insert(tree, path, put(path, shape, lambda index, p=parameter: p.read(bounded(index, p.shape))))
+            progress.update(math.prod(shape))
     return tree
 
 
-def disassemble_all(
-    params: Mapping[str, Any], config: MllamaConfig, layout: Layout, dtype: np.dtype
+def from_tree(params: Mapping[str, Any]) -> dict[Path, Parameter]:
+    """A tree of arrays as `Parameters`."""
+    return {path: Parameter.of(value) for path, value in paths(params).items()}
+
+
+# ---- Writing ------------------------------------------------------------------------------------------------------
+
+
+def tensors(
+    parameters: Parameters,
+    config: MllamaConfig,
+    layout: Layout,
+    dtype: np.dtype | None = None,
+    extras: Extras | None = None,
+    shard: int = 0,
+    shards: int = 1,
 ) -> dict[str, LazyArray]:
-    """Every tensor of `params` by its name in `layout`, made when it is written; the inverse of `load_parameters`."""
+    """Every tensor by its name in `layout`, made when it is written; the inverse of `parameters`.
 
-    def make(row: Row, source: Source, value: Any, i: int) -> np.ndarray:
-        return disassemble(row, source, np.asarray(value))[i].astype(dtype)
-
-    tensors = {}
+    Args:
+        dtype: of all tensors; None keeps each parameter's.
+        extras: see `extras`.
+        shard: in Meta's layout, number of the model-parallel file, of `shards`, whose parts are wanted.
+    """
+    made, extras = {}, extras or {}
     for row in table(config):
-        value: Any = params
-        for key in row.target:
-            value = value[key]
-        source = row.source(layout)
-        shapes = source_shapes(row, source, value.shape)
+        source, parameter = row.source(layout), parameters[row.target]
+        kind = dtype or parameter.dtype
+        shapes = source_shapes(row, source, parameter.shape)
         for i, (name, shape) in enumerate(zip(source.names, shapes, strict=True)):
-            tensors[name] = LazyArray(shape, dtype, functools.partial(make, row, source, value, i))
-    return tensors
+            split = meta_split(name) if layout == "meta" and shards > 1 else None
+            if split is not None and shape[split] % shards:
+                raise InputError(f"{name}: {list(shape)} does not divide into {shards} shards along axis {split}")
+            lengths = tuple(n // shards if axis == split else n for axis, n in enumerate(shape))
+            cut = None if split is None else (split, shard, shards)
+            make = functools.partial(_write, row, source, parameter, i, cut, kind, extras.get(row.name))
+            made[name] = LazyArray(lengths, kind, make)
+    if layout == "meta":
+        for name, value in extras.items():
+            if name in _DERIVED:
+                made[name] = LazyArray(value.shape, value.dtype, lambda value=value: value)
+    return made
 
 
-def assemble(row: Row, source: Source, parts: list[np.ndarray]) -> np.ndarray:
-    """Source tensors -> our parameter."""
-    parts = [
-        einops.rearrange(part, pattern, **_sizes(row, pattern))
-        for part, pattern in zip(parts, source.patterns, strict=True)
-    ]
+def _write(
+    row: Row,
+    source: Source,
+    parameter: Parameter,
+    i: int,
+    cut: tuple[int, int, int] | None,
+    dtype: np.dtype,
+    cells: np.ndarray | None,
+) -> np.ndarray:
+    """The source tensor number `i` of a parameter; a view where axes and dtype allow it.
+
+    Args:
+        cut: axis, number and count, where only one of so many equal pieces is wanted.
+    """
+    index, shortened = part_index(source, i, parameter.shape), None
+    if cut is not None and (found := piece(source, i, index, *cut)):
+        index, shortened = found[0], (found[1], cut[2])
+    part = parameter.read(index)
     if source.grid:
-        return _grid_to_ratios(parts[0])
+        part = ratios_to_grid(row, part, cells)
     if source.stack is not None:
-        return np.stack(parts, axis=source.stack)
-    return np.concatenate(parts) if source.concat else parts[0]
+        part = part.squeeze(source.stack)
+    if not source.patterns[i].startswith("..."):
+        part = backward(row, source.patterns[i], part, shortened)
+    if cut is not None and shortened is None:
+        part = np.split(part, cut[2], cut[0])[cut[1]]
+    return part.astype(dtype, copy=False)
 
 
-def disassemble(row: Row, source: Source, value: np.ndarray) -> list[np.ndarray]:
-    """Our parameter -> source tensors."""
-    if source.grid:
-        parts = [_ratios_to_grid(row, value)]
-    elif source.stack is not None:
-        parts = [np.take(value, i, axis=source.stack) for i in range(len(source.names))]
-    elif source.concat:
-        parts = np.split(value, np.cumsum(source.concat[:-1]))
-    else:
-        parts = [value]
-    backward = [" -> ".join(reversed(pattern.split("->"))) for pattern in source.patterns]
-    return [
-        np.ascontiguousarray(einops.rearrange(part, pattern, **_sizes(row, pattern)))
-        for part, pattern in zip(parts, backward, strict=True)
-    ]
+Extras = Mapping[str, np.ndarray]
+_DERIVED = ("rope.freqs", "text_model.rope.freqs")  # follow from the configuration; releases hold them all the same
 
 
-def source_shapes(row: Row, source: Source, target: Shape) -> list[Shape]:
-    """The shapes that the source tensors of a parameter of shape `target` must have."""
-    if source.grid:
-        parts = [(target[1], target[1], *target[2:])]
-    elif source.stack is not None:
-        parts = [tuple(n for axis, n in enumerate(target) if axis != source.stack)] * len(source.names)
-    else:
-        parts = [(length, *target[1:]) for length in source.concat] or [target]
-    shapes = []
-    for part, pattern in zip(parts, source.patterns, strict=True):
-        left, right = (_groups(side) for side in pattern.split("->"))
-        sizes = dict(row.sizes) | {"1": 1}
-        for group, length in zip(right, part, strict=True):
-            known = math.prod(sizes[axis] for axis in group if axis in sizes and len(group) > 1)
-            sizes[next((axis for axis in group if len(group) == 1 or axis not in sizes), "1")] = length // known
-        shapes.append(tuple(math.prod(sizes[axis] for axis in group) for group in left))
-    return shapes
+def extras(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, np.ndarray]:
+    """What Meta's layout holds beyond our parameters: the cells of the tile tables that no picture reaches, [8, ...] by
+    our parameter's name, and rotary frequencies by theirs. Our layout keeps them in a file beside."""
+    if checkpoint.layout == "orbax":
+        return checkpoint.extras()
+    found = {}
+    if checkpoint.layout == "meta":
+        for row in table(config):
+            if row.meta.grid:
+                name, pattern = row.meta.names[0], row.meta.patterns[0]
+                grid = einops.rearrange(checkpoint.parts(name)[0], pattern)
+                found[row.name] = np.stack([grid[cell] for cell in UNREACHABLE])
+        for name in checkpoint.shapes:
+            if name in _DERIVED:
+                found[name] = np.array(checkpoint.parts(name)[0])
+    return found
 
 
-def _groups(side: str) -> list[list[str]]:
-    """`"(k g h) d"` -> `[["k", "g", "h"], ["d"]]`."""
-    groups: list[list[str]] = []
-    inside = False
-    for token in side.replace("(", " ( ").replace(")", " ) ").split():
-        if token in "()":
-            inside = token == "("
-            groups += [[]] if inside else []
-        elif inside:
-            groups[-1].append(token)
-        else:
-            groups.append([token])
-    return groups
-
-
-def _sizes(row: Row, pattern: str) -> dict[str, int]:
-    """The row's axis lengths that einops needs: those inside parentheses on the left."""
-    left = pattern.split("->")[0]
-    inside = {axis for group in _groups(left) if len(group) > 1 for axis in group}
-    return {axis: size for axis, size in row.sizes if axis in inside}
-
-
-def _grid_to_ratios(grid: np.ndarray) -> np.ndarray:
-    """Meta's [4, 4, ...] over tile coordinates -> [9, 4, ...]: for each aspect ratio id its tiles in reading order."""
-    ratios = np.zeros((1 + len(ASPECT_RATIOS), *grid.shape[1:]), grid.dtype)
-    for i, (h, w) in enumerate(ASPECT_RATIOS, start=1):
-        ratios[i, : h * w] = grid[:h, :w].reshape(h * w, *grid.shape[2:])
-    return ratios
-
-
-def _ratios_to_grid(row: Row, ratios: np.ndarray) -> np.ndarray:
-    """The inverse; the eight cells that no picture reaches become zero."""
-    grid = np.zeros((ratios.shape[1], *ratios.shape[1:]), ratios.dtype)
-    for i, (h, w) in enumerate(ASPECT_RATIOS, start=1):
-        grid[:h, :w] = ratios[i, : h * w].reshape(h, w, *ratios.shape[2:])
-    if _grid_to_ratios(grid)[1:].tobytes() != _only_tiles(ratios)[1:].tobytes():
-        raise InputError(
-            f"{'/'.join(row.target)}: its aspect ratio rows disagree about a tile, which Meta's layout cannot hold; "
-            "write Hugging Face's layout instead"
-        )
-    return grid
-
-
-def _only_tiles(ratios: np.ndarray) -> np.ndarray:
-    """`ratios` with zeros where an aspect ratio has no tile."""
-    kept = np.zeros_like(ratios)
-    for i, (h, w) in enumerate(ASPECT_RATIOS, start=1):
-        kept[i, : h * w] = ratios[i, : h * w]
-    return kept
-
-
-def _whole(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """A tensor from its model-parallel parts."""
-    parts, split = checkpoint.parts(name), checkpoint.split_dim(name)
-    return parts[0] if len(parts) == 1 or split is None else np.concatenate(parts, axis=split)
+# ---- Names and shapes ---------------------------------------------------------------------------------------------
 
 
 def _canonical_names(checkpoint: Checkpoint, config: MllamaConfig) -> dict[str, str]:
     """Names as the table has them -> names as the files have them."""
     names = {}
     for name in checkpoint.shapes:
-        canonical = name
-        if checkpoint.layout == "hf" and config.vision is not None:
-            for new, old in _RENAMED.items():
-                if name.startswith(new):
-                    canonical = old + name[len(new) :]
-        if not name.endswith("rope.freqs"):
-            names[canonical] = name
+        if name not in _DERIVED:
+            known = canonical(name) if checkpoint.layout == "hf" and config.vision is not None else name
+            if known in names:
+                raise InputError(f"{checkpoint.directory}: {name!r} and {names[known]!r} are one tensor twice")
+            names[known] = name
     if config.text.tied:
         names.pop("lm_head.weight", None)
     return names
+
+
+def canonical(name: str) -> str:
+    """A tensor's name in the table, from that of any release of transformers."""
+    for new, old in RENAMED.items():
+        if name.startswith(new):
+            return old + name[len(new) :]
+    return name
+
+
+def renamed(name: str) -> str:
+    """A tensor's name since transformers 4.52, from the table's."""
+    for new, old in RENAMED.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def has_new_names(checkpoint: Checkpoint) -> bool:
+    """Whether a Hugging Face checkpoint of the whole model has the names of transformers 4.52 and later."""
+    return any(name.startswith("model.language_model.") for name in checkpoint.shapes)
 
 
 def check_shapes(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Shape]:
@@ -237,7 +299,7 @@ def check_shapes(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Sha
     return shapes
 
 
-def _insert(tree: dict[str, Any], path: Path, value: Any) -> None:
+def insert(tree: dict[str, Any], path: Path, value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

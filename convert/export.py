@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from mllama_jax.config import ASPECT_RATIOS, MllamaConfig, RopeScaling, TextConfig, VisionConfig, fusion_schedule
-from mllama_jax.convert.apply import disassemble_all
-from mllama_jax.convert.files import LazyArray
+from mllama_jax.convert.apply import from_tree, tensors
 from mllama_jax.convert.pth import write_pth
 from mllama_jax.convert.safetensors import write_safetensors
-from mllama_jax.convert.sources import meta_split
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import Params
 
@@ -21,11 +19,9 @@ from mllama_jax.model.mllama import Params
 def write_hf(directory: Path, params: Params, config: MllamaConfig, dtype: np.dtype) -> None:
     """Write config.json, generation_config.json, preprocessor_config.json and model.safetensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", disassemble_all(params, config, "hf", dtype), {"format": "pt"})
-    files = {"config.json": hf_config(config, dtype.name), "generation_config.json": hf_generation_config(config)}
-    if config.vision is not None:
-        files["preprocessor_config.json"] = hf_preprocessor_config(config.vision)
-    for name, content in files.items():
+    made = tensors(from_tree(params), config, "hf", dtype)
+    write_safetensors(directory / "model.safetensors", made, {"format": "pt"})
+    for name, content in hf_files(config, dtype.name).items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -35,22 +31,18 @@ def write_meta(directory: Path, params: Params, config: MllamaConfig, dtype: np.
         raise InputError(f"shards must be 1, 2, 4 or 8, got {shards}")
     content = json.dumps(meta_params(config), indent=1)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = disassemble_all(params, config, "meta", dtype)
     for shard in range(shards):
-        part = {name: _shard(name, tensor, shard, shards) for name, tensor in tensors.items()}
+        part = tensors(from_tree(params), config, "meta", dtype, shard=shard, shards=shards)
         write_pth(directory / f"consolidated.{shard:02d}.pth", part)
     (directory / "params.json").write_text(content + "\n")
 
 
-def _shard(name: str, tensor: LazyArray, shard: int, shards: int) -> LazyArray:
-    """The part of a tensor that the model-parallel file number `shard` holds."""
-    axis = meta_split(name)
-    if axis is None:
-        return tensor
-    if tensor.shape[axis] % shards:
-        raise InputError(f"{name}: {list(tensor.shape)} does not divide into {shards} shards along axis {axis}")
-    shape = tuple(n // shards if i == axis else n for i, n in enumerate(tensor.shape))
-    return LazyArray(shape, tensor.dtype, lambda: np.split(np.asarray(tensor), shards, axis)[shard])
+def hf_files(config: MllamaConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of Hugging Face's layout, by name."""
+    files = {"config.json": hf_config(config, dtype), "generation_config.json": hf_generation_config(config)}
+    if config.vision is not None:
+        files["preprocessor_config.json"] = hf_preprocessor_config(config.vision)
+    return files
 
 
 def hf_config(config: MllamaConfig, dtype: str) -> dict[str, Any]:

@@ -1,17 +1,21 @@
-"""What checkpoint files of every format share: mapped reading, strict JSON, replacement in one step."""
+"""What checkpoint files of every format share: mapped reading, strict JSON, writing that can be resumed."""
+
+from __future__ import annotations
 
 import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from mllama_jax.convert.store import BucketPath
 from mllama_jax.errors import InputError
 
 # What turns up under a checkpoint's file name, by its first bytes.
@@ -62,6 +66,12 @@ class Region:
     start: int
     stop: int
     strides: tuple[int, ...] | None = None
+
+
+class Tensors(Protocol):
+    """Named tensors that are read when they are used."""
+
+    def read(self, name: str) -> Any: ...
 
 
 class TensorFile:
@@ -134,12 +144,16 @@ def parse_json(text: bytes, origin: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | BucketPath) -> dict[str, Any]:
     """A file that holds one JSON object; InputError says what is wrong with it."""
     try:
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def nbytes(array: ArrayLike) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def array_bytes(name: str, array: ArrayLike) -> memoryview:
@@ -150,17 +164,129 @@ def array_bytes(name: str, array: ArrayLike) -> memoryview:
     return np.ascontiguousarray(made).reshape(-1).view(np.uint8).data  # the buffer protocol knows no bfloat16
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens `path + ".partial"` for writing and renames it to `path` once all is on disk; removes it on an error."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+class Done(Protocol):
+    """Which segments of a file an earlier run has written, each with what it noted."""
+
+    def get(self, name: str) -> dict[str, Any] | None: ...
+    def add(self, notes: Mapping[str, dict[str, Any]]) -> None: ...
+
+
+class MadeAhead:
+    """Bytes of arrays that are asked for in order: the next is made while the caller works on the last."""
+
+    def __init__(self, tensors: Mapping[str, ArrayLike], done: Done | None):
+        self._left = iter([name for name in tensors if done is None or done.get(name) is None])
+        self._tensors, self._worker = tensors, ThreadPoolExecutor(1)
+        self._next = self._start()
+
+    def _start(self) -> tuple[str, Future[memoryview]] | None:
+        name = next(self._left, None)
+        return None if name is None else (name, self._worker.submit(array_bytes, name, self._tensors[name]))
+
+    def __getitem__(self, name: str) -> memoryview:
+        if self._next is None or self._next[0] != name:  # was to be skipped, but its file has not got it
+            return array_bytes(name, self._tensors[name])
+        made = self._next[1].result()
+        self._next = self._start()
+        return made
+
+    def __enter__(self) -> MadeAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+
+# Segments become known as finished in groups, for each group waits for the disk: so many bytes, or so many segments.
+_GROUP_BYTES, _GROUP = 2**24, 16
+
+
+class GrowingFile:
+    """A file that is written segment by segment, as `path + ".partial"`, and has its name once all is on disk.
+
+    The disk works on one segment while the caller makes the next. After an error the partial file is removed, or, with
+    `done`, kept for a later run, which gives the same segments again and skips those that `done` knows.
+    """
+
+    def __init__(self, path: Path, done: Done | None = None):
+        self.path, self.done, self.end = path, done, 0
+        self._partial = path.with_name(path.name + ".partial")
+        if done is None or not self._partial.exists():
+            self._partial.open("wb").close()
+        self._file = self._partial.open("r+b")
+        self._before = self._partial.stat().st_size
+        self._disk = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._group: dict[str, dict[str, Any]] = {}
+        self._group_bytes = 0
+
+    def note(self, name: str, size: int) -> dict[str, Any] | None:
+        """What was noted beside the segment `name`, of at least `size` bytes, if an earlier run wrote it."""
+        return self.done.get(name) if self.done and self.end + size <= self._before else None
+
+    def skip(self, size: int) -> None:
+        """Pass over a segment of an earlier run."""
+        self.end += size
+
+    def append(self, *pieces: bytes | memoryview) -> None:
+        """Write what is always written anew."""
+        self._submit(pieces, None)
+
+    def segment(self, name: str, note: dict[str, Any], *pieces: bytes | memoryview) -> None:
+        """Write a segment; once it is on disk, `done` learns of it."""
+        self._submit(pieces, (name, note))
+
+    def _submit(self, pieces: Sequence[bytes | memoryview], finished: tuple[str, dict[str, Any]] | None) -> None:
+        self.wait()
+        self._pending = self._disk.submit(self._write, self.end, pieces, finished)
+        self.end += sum(map(len, pieces))
+
+    def _write(
+        self, start: int, pieces: Sequence[bytes | memoryview], finished: tuple[str, dict[str, Any]] | None
+    ) -> None:
+        self._file.seek(start)
+        for piece in pieces:
+            self._file.write(piece)
+        self._file.flush()
+        if finished is not None:
+            self._group |= dict([finished])
+            self._group_bytes += sum(map(len, pieces))
+            if self._group_bytes >= _GROUP_BYTES or len(self._group) >= _GROUP:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the disk, then let `done` learn of the segments that are on it."""
+        if self.done is not None and self._group:
+            os.fdatasync(self._file.fileno())
+            self.done.add(self._group)
+        self._group, self._group_bytes = {}, 0
+
+    def finish(self, write: Callable[[BinaryIO], None]) -> None:
+        """Let `write` put an ending behind all segments."""
+        self.wait()
+        self._file.seek(self.end)
+        write(self._file)
+        self.end = self._file.tell()
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def __enter__(self) -> GrowingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+                self._settle()
+                self._file.truncate(self.end)
+                os.fsync(self._file.fileno())
+                os.replace(self._partial, self.path)
+        finally:
+            self._disk.shutdown()
+            with suppress(OSError):
+                self._file.close()
+            if self.done is None and self._partial.exists():
+                self._partial.unlink()

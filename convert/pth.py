@@ -11,17 +11,20 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from mllama_jax.convert.files import (
     ArrayLike,
+    Done,
+    GrowingFile,
+    MadeAhead,
     Region,
     TensorFile,
-    array_bytes,
     guess_kind,
+    nbytes,
     plain_sizes,
-    replacing,
     valid_shape,
 )
 from mllama_jax.convert.unpickle import STORAGES, UNTYPED, UNTYPED_STORAGE, Callables, Storage, View, unpickle
@@ -132,29 +135,55 @@ class PthFile(TensorFile):
         return Region(view.dtype, shape, start, start + span * itemsize, strides)
 
 
-def write_pth(path: str | Path, tensors: Mapping[str, ArrayLike]) -> None:
+def write_pth(path: str | Path, tensors: Mapping[str, ArrayLike], done: Done | None = None) -> None:
     """Writes `tensors`, one at a time, to `path + ".partial"`, and renames that to `path` once it is safely on disk.
 
-    The bytes depend on nothing but the tensors and their order. InputError for a dtype that torch lacks.
+    The bytes depend on nothing but the tensors and their order. What `done` knows is not made again. InputError for a
+    dtype that torch lacks.
     """
     path = Path(path)
     pickled = _pickle(path, tensors)
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    members: list[zipfile.ZipInfo] = []
 
-        def add(member: str, data: bytes | memoryview) -> None:
-            info = zipfile.ZipInfo(f"archive/{member}")
-            info.create_system, info.file_size, info.CRC = 0, len(data), 0
-            zip64 = len(data) >= _ZIP64_SIZE
-            unaligned = file.tell() + len(info.FileHeader(zip64)) + 4
-            info.extra = struct.pack("<2sH", b"FB", -unaligned % _ALIGNMENT) + b"Z" * (-unaligned % _ALIGNMENT)
-            with archive.open(info, "w", force_zip64=zip64) as member_file:
-                member_file.write(data)
+    with GrowingFile(path, done) as file, MadeAhead(tensors, done) as made:
+
+        def member(name: str, size: int) -> zipfile.ZipInfo:
+            """A member at the end of the file, its data aligned."""
+            info = zipfile.ZipInfo(f"archive/{name}")
+            info.create_system, info.external_attr, info.CRC = 0, 0o600 << 16, 0
+            info.file_size, info.compress_size, info.header_offset = size, size, file.end
+            padding = -(file.end + len(_header(info)) + 4) % _ALIGNMENT
+            info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            members.append(info)
+            return info
+
+        def add(name: str, data: bytes) -> None:
+            info = member(name, len(data))
+            info.CRC = zlib.crc32(data)
+            file.append(_header(info), data)
 
         add("data.pkl", pickled)
         add("byteorder", b"little")
         for key, (name, array) in enumerate(tensors.items()):
-            add(f"data/{key}", array_bytes(name, array))
+            info, note = member(f"data/{key}", nbytes(array)), file.note(name, nbytes(array))
+            if note is None:
+                data = made[name]
+                info.CRC = zlib.crc32(data)
+                file.segment(name, {"crc32": info.CRC}, _header(info), data)
+            else:
+                info.CRC = note["crc32"]
+                file.skip(len(_header(info)) + info.file_size)
         add("version", b"3\n")
+
+        def directory(raw: BinaryIO) -> None:
+            with zipfile.ZipFile(raw, "w") as archive:
+                archive.filelist.extend(members)
+
+        file.finish(directory)
+
+
+def _header(info: zipfile.ZipInfo) -> bytes:
+    return info.FileHeader(info.file_size >= _ZIP64_SIZE)
 
 
 def _pickle(path: Path, tensors: Mapping[str, ArrayLike]) -> bytes:

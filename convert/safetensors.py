@@ -14,12 +14,14 @@ import numpy as np
 
 from mllama_jax.convert.files import (
     ArrayLike,
+    Done,
+    GrowingFile,
+    MadeAhead,
     Region,
     TensorFile,
-    array_bytes,
     guess_kind,
+    nbytes,
     parse_json,
-    replacing,
     valid_shape,
 )
 from mllama_jax.errors import InputError
@@ -108,11 +110,13 @@ class SafetensorsFile(TensorFile):
             )
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str], done: Done | None = None
+) -> None:
     """Writes `tensors`, one at a time, to `path + ".partial"`, and renames that to `path` once it is safely on disk.
 
     The order is the library's (by dtype, then name), and so are the bytes. transformers wants `{"format": "pt"}` as
-    `metadata`. InputError for a dtype that the format lacks.
+    `metadata`. What `done` knows is not made again. InputError for a dtype that the format lacks.
     """
     path = Path(path)
     codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -124,12 +128,14 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, ArrayLike], metada
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, array in ordered:
-        dtype = np.dtype(array.dtype)
-        start, end = end, end + math.prod(array.shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+        start, end = end, end + nbytes(array)
+        header[name] = {"dtype": codes[np.dtype(array.dtype)], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with GrowingFile(path, done) as file, MadeAhead(dict(ordered), done) as made:
+        file.append(len(text).to_bytes(8, "little") + text)
         for name, array in ordered:
-            file.write(array_bytes(name, array))
+            if file.note(name, nbytes(array)) is None:
+                file.segment(name, {}, made[name])
+            else:
+                file.skip(nbytes(array))

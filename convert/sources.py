@@ -1,16 +1,21 @@
 """A checkpoint directory in Hugging Face's or Meta's layout as one set of named tensors, none of them read yet."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from mllama_jax.convert.files import TensorFile, read_json
+from mllama_jax.convert.files import Tensors, read_json
+from mllama_jax.convert.manifest import EXTRA, MANIFEST, TREE, StoredArrays, read_manifest
+from mllama_jax.convert.progress import unfinished
 from mllama_jax.convert.pth import PthFile
 from mllama_jax.convert.safetensors import SafetensorsFile
+from mllama_jax.convert.store import BucketPath, Store, absolute, is_bucket
+from mllama_jax.convert.table import Layout
 from mllama_jax.errors import InputError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,20 +36,32 @@ class Checkpoint:
     along `split_dim(name)`; where that is None they are copies of the whole tensor.
     """
 
-    layout: Literal["hf", "meta"]
-    directory: Path
+    layout: Layout
+    directory: Path | BucketPath
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     dtypes: Mapping[str, np.dtype] = field(repr=False)
     split_dim: Callable[[str], int | None] = field(repr=False)
-    files: Mapping[str, Sequence[TensorFile]] = field(repr=False)
+    files: Mapping[str, Sequence[Tensors]] = field(repr=False)
     config_json: dict[str, Any] = field(default_factory=dict)  # hf
     generation_json: dict[str, Any] = field(default_factory=dict)  # hf, where there is one
     params_json: dict[str, Any] = field(default_factory=dict)  # meta
 
+    manifest: dict[str, Any] = field(default_factory=dict)  # orbax
+
     def names(self) -> Iterator[str]:
         return iter(self.shapes)
 
-    def parts(self, name: str) -> list[np.ndarray]:
+    def extras(self) -> dict[str, np.ndarray]:
+        """What our layout keeps of Meta's beyond our parameters."""
+        file = StoredArrays(Store(self.directory), self.manifest)
+        return {
+            name.removeprefix(EXTRA): file.read(name)[...]
+            for name in self.manifest["tensors"]
+            if name.startswith(EXTRA)
+        }
+
+    def parts(self, name: str) -> list[Any]:
+        """The tensor's part in each file: an array, or in our layout what gives one when it is indexed."""
         return [file.read(name) for file in self.files[name]]
 
 
@@ -57,17 +74,25 @@ def meta_split(name: str) -> int | None:
     return 1 if module in _ROW_PARALLEL and kind == "weight" else None
 
 
-def open_checkpoint(directory: str | Path, split_dim: Callable[[str], int | None] = meta_split) -> Checkpoint:
-    """Opens a Hugging Face directory (model.safetensors, or an index with its shards, and config.json) or a release
-    directory of Meta's (consolidated.pth, or consolidated.00.pth and so on, and params.json).
+def open_checkpoint(
+    directory: str | os.PathLike[str], split_dim: Callable[[str], int | None] = meta_split
+) -> Checkpoint:
+    """Opens a Hugging Face directory (model.safetensors, or an index with its shards, and config.json), a release
+    directory of Meta's (consolidated.pth, or consolidated.00.pth and so on, and params.json), or one of ours.
 
     Every file's header is checked, and the files against each other; InputError says which file is at fault.
     """
-    directory = Path(directory)
+    directory = absolute(directory) if is_bucket(directory) else Path(directory)
+    if isinstance(directory, BucketPath):
+        return _open_bucket(directory)
     if not directory.is_dir():
         fault = "is a file" if directory.exists() else "does not exist"
         raise InputError(f"{directory}: {fault}; expected a checkpoint directory")
+    if unfinished(Store(directory)):
+        raise InputError(f"{directory}: its conversion has not ended; run the same `mllama convert` again to finish it")
     present = {path.name for path in directory.iterdir()}
+    if TREE in present:
+        return _open_ours(directory)
     hf = sorted(present & {_SINGLE, _INDEX})
     meta = sorted(filter(_META_SHARD.fullmatch, present))
     if len(hf) > 1 or (hf and meta) or (len(meta) > 1 and "consolidated.pth" in meta):
@@ -78,7 +103,8 @@ def open_checkpoint(directory: str | Path, split_dim: Callable[[str], int | None
         return _open_meta(directory, meta, split_dim)
     hint = "; its folder 'original' may be one" if "original" in present else ""
     raise InputError(
-        f"{directory}: no checkpoint: expected {_SINGLE}, {_INDEX}, consolidated.pth or consolidated.00.pth{hint}"
+        f"{directory}: no checkpoint: expected {_SINGLE}, {_INDEX}, consolidated.pth, consolidated.00.pth "
+        f"or {MANIFEST}{hint}"
     )
 
 
@@ -99,6 +125,36 @@ def _open_hf(directory: Path, found: str) -> Checkpoint:
         files={name: [file] for name, file in files.items()},
         config_json=config,
         generation_json=read_json(generation) if generation.exists() else {},
+    )
+
+
+def _open_bucket(directory: BucketPath) -> Checkpoint:
+    if unfinished(Store(directory)):
+        raise InputError(f"{directory}: its conversion has not ended; run the same `mllama convert` again to finish it")
+    if not (directory / TREE).exists():
+        raise InputError(
+            f"{directory}: expected a checkpoint that `mllama convert --to orbax` wrote; other layouts are read from "
+            "disks only"
+        )
+    return _open_ours(directory)
+
+
+def _open_ours(directory: Path | BucketPath) -> Checkpoint:
+    config, generation = directory / "config.json", directory / "generation_config.json"
+    params, manifest = directory / "params.json", read_manifest(Store(directory))
+    arrays = StoredArrays(Store(directory), manifest)
+    names = [name for name in manifest["tensors"] if not name.startswith(EXTRA)]
+    return Checkpoint(
+        layout="orbax",
+        directory=directory,
+        shapes={name: arrays.shape(name) for name in names},
+        dtypes={name: arrays.dtype(name) for name in names},
+        split_dim=lambda name: None,
+        files={name: [arrays] for name in names},
+        config_json=read_json(config),
+        generation_json=read_json(generation) if generation.exists() else {},
+        params_json=read_json(params) if params.exists() else {},
+        manifest=manifest,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 
-Layout = Literal["hf", "meta"]
+Layout = Literal["hf", "meta", "orbax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Row:
     meta: Source
     sizes: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The parameter's name in our own layout."""
+        return ".".join(self.target)
+
     def source(self, layout: Layout) -> Source:
-        return self.hf if layout == "hf" else self.meta
+        return {"hf": self.hf, "meta": self.meta, "orbax": Source((self.name,), "... -> ...")}[layout]
 
 
 def _same(target: str, hf: str, meta: str, pattern: str, **sizes: int) -> Row:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mllama_jax.convert.command import add_commands
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare this machine with what Meta's code computes")
     check.set_defaults(run=_check)
 
+    add_commands(commands)
     for command in (generate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -232,7 +234,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         parts[path[0]] += math.prod(shape)
     return {
         "directory": str(directory),
-        "layout": {"hf": "Hugging Face", "meta": "Meta"}[checkpoint.layout],
+        "layout": {"hf": "Hugging Face", "meta": "Meta", "orbax": "Orbax"}[checkpoint.layout],
         "tensors": len(checkpoint.shapes),
         "parameters": sum(parts.values()),
         "parts": dict(parts),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -13,8 +16,10 @@ from jax.sharding import Mesh
 
 from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import load_parameters, paths, read_config
-from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
+from mllama_jax.convert.model import CARRIED
+from mllama_jax.convert.sources import Checkpoint, open_checkpoint
+from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.processing.chat import load_template
@@ -24,43 +29,77 @@ from mllama_jax.sharding.rules import SERVE, Rules
 DTYPES = ("bfloat16", "float32", "float16")
 
 
-def load(path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Mllama:
+def load(
+    path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None, verify: bool = False
+) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
     Args:
-        path: a Hugging Face directory (key names from before or after transformers 4.52) or a Meta release directory.
+        path: a Hugging Face directory (key names from before or after transformers 4.52), a Meta release directory, or
+            one that `mllama convert` wrote, in a bucket too (`gs://bucket/path`).
         dtype: of the parameters and the computation; "float32" also means float32 products.
-        mesh: with axes data, kv and q, to spread the parameters over; the default device otherwise.
+        mesh: with axes data, kv and q, to spread the parameters over, each process reading what its devices hold; the
+            default device otherwise.
+        verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
 
     Raises:
         InputError: the directory, its config or its tensors cannot be used.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    directory = Path(path)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(path)
+    if verify and checkpoint.layout != "orbax":
+        raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
+    if verify:
+        check(path)
     config = read_config(checkpoint)
-    tokenizer, template = _tokenizer(directory, config), load_template(directory)
+    with _small_files(checkpoint) as directory:
+        tokenizer, template = _tokenizer(directory, config), load_template(directory)
     rules = Rules.of(mesh, SERVE) if mesh is not None else None
-    params = load_parameters(checkpoint, config, _placer(config, jnp.dtype(dtype), rules))
+    params = load_parameters(parameters(checkpoint, config), _placer(config, jnp.dtype(dtype), rules))
     model = MllamaModel(config, jnp.dtype(dtype), rules) if rules else MllamaModel(config, jnp.dtype(dtype))
-    return Mllama(model, params, tokenizer, template, directory)
+    return Mllama(model, params, tokenizer, template, Path(path))
+
+
+@contextmanager
+def _small_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The directory of a checkpoint's tokenizer and template: a copy where they lie in a bucket."""
+    if isinstance(checkpoint.directory, Path):
+        yield checkpoint.directory
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in CARRIED["hf"]:
+            if (source := checkpoint.directory / name).exists():
+                Path(copy, name).write_bytes(source.read_bytes())
+        yield Path(copy)
+
+
+Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 def _placer(
     config: MllamaConfig, dtype: np.dtype, rules: Rules | None
-) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """A function that casts a parameter and puts it where the rules say."""
+) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
+    """A function that puts a parameter where the rules say, reading what this process's devices hold of it."""
     names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
 
-    def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
-        sharding = rules.sharding(*names[path]) if rules else None
+    def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
+        @functools.lru_cache(maxsize=1)  # replicas come one after another
+        def piece(bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
+            return read(tuple(slice(*each) for each in bounds)).astype(dtype, copy=False)
+
+        if rules is None:
+            return jax.device_put(piece(((None, None),) * len(shape)))
+        sharding = rules.sharding(*names[path])
         try:
-            return jax.device_put(value.astype(dtype, copy=False), sharding)
+            sharding.shard_shape(shape)
         except ValueError:
             raise InputError(
-                f"{'/'.join(path)}: shape {list(value.shape)} does not divide over {sharding}; take a smaller mesh"
+                f"{'/'.join(path)}: shape {list(shape)} does not divide over {sharding}; take a smaller mesh"
             ) from None
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
+        )
 
     return put
 

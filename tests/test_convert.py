@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -16,11 +17,12 @@ from safetensors.numpy import load_file, save_file
 import mllama_jax
 from mllama_jax import MllamaConfig
 from mllama_jax.config import RopeScaling
-from mllama_jax.convert.apply import load_parameters, read_config
+from mllama_jax.convert.apply import insert, load_parameters, parameters, paths, read_config
+from mllama_jax.convert.axes import everything
 from mllama_jax.convert.export import meta_params, write_hf, write_meta
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
-from mllama_jax.model.mllama import Params
+from mllama_jax.model.mllama import Params, abstract_parameters
 from tests.conftest import SMALL
 
 DTYPES = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16))
@@ -29,7 +31,18 @@ DTYPES = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16))
 def read(directory: Path) -> tuple[MllamaConfig, Params]:
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint)
-    return config, load_parameters(checkpoint, config, lambda path, value: np.array(value))
+    found = parameters(checkpoint, config)
+    return config, load_parameters(found, lambda path, shape, read: np.array(read(everything(shape))))
+
+
+def random_params(config: MllamaConfig, seed: int = 0) -> Params:
+    """Random float32 weights, zero in the tile tables, whose rows must agree where Meta's layout shall hold them."""
+    rng, params = np.random.default_rng(seed), {}
+    for path, leaf in paths(nn.unbox(abstract_parameters(config))).items():
+        shape = leaf.shape
+        value = np.zeros(shape) if path[-1] in ("table", "tiles") else rng.standard_normal(shape) / shape[-1] ** 0.5
+        insert(params, path, value.astype(np.float32))
+    return params
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -125,6 +138,23 @@ def test_one_report_of_all_that_does_not_fit(small_directory: Path, tmp_path: Pa
         "1 misshapen: language_model.model.norm.weight [63] instead of [64]",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_weights_under_the_config_of_a_larger_model(small_params: Params, tmp_path: Path, layout: str) -> None:
+    """As the 11B's weights under the 90B's config: one line, with counts and the first that do not fit."""
+    write = write_hf if layout == "hf" else write_meta
+    write(tmp_path, small_params, SMALL, DTYPES[0])
+    path = tmp_path / ("config.json" if layout == "hf" else "params.json")
+    config = json.loads(path.read_text())
+    if layout == "hf":
+        config["text_config"] |= {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 192}
+    else:
+        config |= {"dim": 128, "n_heads": 8}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"the tensors do not fit its config: \d+ misshapen: .* instead of ") as error:
+        mllama_jax.load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_rows_that_disagree_cannot_become_meta(small_params: Params, tmp_path: Path) -> None:

@@ -119,7 +119,10 @@ def test_metas_split_dimensions(dim, names):
 @pytest.mark.parametrize(
     ("present", "says"),
     [
-        ([], "no checkpoint: expected model.safetensors, model.safetensors.index.json, consolidated.pth or"),
+        (
+            [],
+            "no checkpoint: expected model.safetensors, model.safetensors.index.json, consolidated.pth, ",
+        ),
         (["original"], "its folder 'original' may be one"),
         (["model-00001-of-00002.safetensors", "config.json"], "no checkpoint"),
         (["model.safetensors.partial", "consolidated.0.pth", "pytorch_model.bin"], "no checkpoint"),

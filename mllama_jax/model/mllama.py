@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -72,6 +73,7 @@ def init_parameters(config: MllamaConfig, key: jax.Array) -> Params:
     return nn.unbox(MllamaModel(config).init(key, method="touch"))["params"]
 
 
+@functools.lru_cache(maxsize=4)
 def abstract_parameters(config: MllamaConfig) -> Params:
     """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; traced, nothing is allocated."""
     return jax.eval_shape(lambda: MllamaModel(config).init(jax.random.key(0), method="touch"))["params"]

@@ -1,0 +1,104 @@
+"""What of an unfinished conversion is on disk, so that the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from mllama_jax.convert.store import Store
+from mllama_jax.errors import InputError
+
+_FOLDER = "unfinished/"
+_JOB = _FOLDER + "job.json"
+
+
+def unfinished(store: Store) -> bool:
+    """Whether a conversion into `store` has begun and not ended."""
+    return store.read(_JOB) is not None
+
+
+class Progress:
+    """Small files that note the finished tensors, written when these are on disk; gone when all is done.
+
+    Args:
+        job: what is converted into what: a target that holds part of another job is refused.
+        sizes: bytes of every tensor by its key, for the progress bar.
+    """
+
+    def __init__(self, store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str):
+        self.store, self.sizes = store, sizes
+        keys, begun = store.keys(), store.read(_JOB)
+        if begun is None and keys:
+            raise InputError(
+                f"{store.location}: already holds {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}; "
+                "expected a new or empty directory; choose another target"
+            )
+        if begun is None:
+            store.write(_JOB, json.dumps(job, indent=1).encode())
+        elif begun != json.dumps(job, indent=1).encode():
+            raise InputError(
+                f"{store.location}: holds part of another conversion ({_described(begun)}); delete it or choose "
+                "another target"
+            )
+        self.notes: dict[str, dict[str, Any]] = {}
+        for key in keys:
+            if key.startswith(_FOLDER) and key != _JOB:
+                self.notes |= json.loads(store.read(key) or b"{}")
+        self.resumed = len(self.notes)
+        before = sum(sizes[key] for key in self.notes)
+        self.bar = tqdm(
+            total=sum(sizes.values()), initial=before, unit="B", unit_scale=True, desc=title, disable=None
+        )  # fmt: skip
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.notes.get(key)
+
+    def add(self, notes: Mapping[str, dict[str, Any]]) -> None:
+        """Note tensors that are on disk, by their keys."""
+        self.store.write(f"{_FOLDER}{quote(next(iter(notes)), safe='')}", json.dumps(notes).encode())
+        self.notes |= notes
+        self.bar.update(sum(self.sizes[key] for key in notes))
+
+    def within(self, file: str) -> FileProgress:
+        return FileProgress(self, file)
+
+    def finish(self) -> None:
+        """Forget the job: the target is whole."""
+        for key in self.store.keys(_FOLDER):
+            if key != _JOB:
+                self.store.delete(key)
+        self.store.delete(_JOB)
+        if not self.store.remote:
+            os.rmdir(os.path.join(self.store.location, _FOLDER))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.bar.close()
+
+
+class FileProgress:
+    """The part of a Progress that concerns the tensors of one file."""
+
+    def __init__(self, progress: Progress, file: str):
+        self.progress, self.file = progress, file
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return self.progress.get(f"{self.file}/{name}")
+
+    def add(self, notes: Mapping[str, dict[str, Any]]) -> None:
+        self.progress.add({f"{self.file}/{name}": note for name, note in notes.items()})
+
+
+def _described(job: bytes) -> str:
+    try:
+        return ", ".join(f"{key} {value}" for key, value in json.loads(job).items() if key != "fingerprint")
+    except (ValueError, AttributeError):
+        return "of which nothing more can be read"
