@@ -40,7 +40,7 @@ $(VENV)-oracle/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-oracle
 	$(VENV)-oracle/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-oracle/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17" peft
+	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test,plan]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17" peft
 	touch $@
 
 $(VENV)-transformers-4.54/.done:

@@ -109,11 +109,11 @@ def _self_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
     )
     yield Row(
         _path(f"{ours}/attention/kv/kernel"),
-        Source((f"{hf}self_attn.k_proj.weight", f"{hf}self_attn.v_proj.weight"), "(k h) d -> k h d", stack=1),
+        Source((f"{hf}self_attn.k_proj.weight", f"{hf}self_attn.v_proj.weight"), "(k h) d -> k h d", stack=0),
         Source(
             (f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"),
             ("(k p two) d -> k (two p) d", "(k h) d -> k h d"),
-            stack=1,
+            stack=0,
         ),
         heads,
     )
@@ -130,8 +130,8 @@ def _cross_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
     )
     yield Row(
         _path(f"{ours}/attention/kv/kernel"),
-        Source((f"{hf}cross_attn.k_proj.weight", f"{hf}cross_attn.v_proj.weight"), "(k h) d -> k h d", stack=1),
-        Source((f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"), "(k h) d -> k h d", stack=1),
+        Source((f"{hf}cross_attn.k_proj.weight", f"{hf}cross_attn.v_proj.weight"), "(k h) d -> k h d", stack=0),
+        Source((f"{meta}attention.wk.weight", f"{meta}attention.wv.weight"), "(k h) d -> k h d", stack=0),
         heads,
     )
     for name in ("q_norm", "k_norm"):
@@ -148,9 +148,7 @@ def _cross_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
 
 def _layer_rest(c: TextConfig, ours: str, hf: str, meta: str, kind: str) -> Iterator[Row]:
     """What self- and cross-attention layers have alike."""
-    kgh = {"k": c.kv_heads, "g": c.heads // c.kv_heads, "h": c.head_dim}
-    out = "d (k g h) -> d k g h"
-    yield _same(f"{ours}/attention/out/kernel", f"{hf}{kind}.o_proj.weight", f"{meta}attention.wo.weight", out, **kgh)
+    yield _same(f"{ours}/attention/out/kernel", f"{hf}{kind}.o_proj.weight", f"{meta}attention.wo.weight", "d f -> d f")
     yield _same(f"{ours}/attention_norm/scale", f"{hf}input_layernorm.weight", f"{meta}attention_norm.weight", "d -> d")
     yield _same(f"{ours}/mlp_norm/scale", f"{hf}post_attention_layernorm.weight", f"{meta}ffn_norm.weight", "d -> d")
     yield Row(
@@ -211,8 +209,7 @@ def _vision_block(c: VisionConfig, ours: str, hf: str, meta: str) -> Iterator[Ro
         Source(tuple(f"{meta}attn.w{x}.weight" for x in "qkv"), "(k h) d -> k h d", stack=0),
         tuple(heads.items()),
     )
-    out = "d (k h) -> d k h"
-    yield _same(f"{ours}/attention/out/kernel", f"{hf}self_attn.o_proj.weight", f"{meta}attn.wo.weight", out, **heads)
+    yield _same(f"{ours}/attention/out/kernel", f"{hf}self_attn.o_proj.weight", f"{meta}attn.wo.weight", "d f -> d f")
     norms = (("attention_norm", "input_layernorm", "ln_1"), ("mlp_norm", "post_attention_layernorm", "ln_2"))
     for name, theirs, metas in norms:
         for kind, suffix in (("scale", "weight"), ("bias", "bias")):

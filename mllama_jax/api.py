@@ -24,16 +24,17 @@ from mllama_jax.generate.decode import Made
 from mllama_jax.generate.decoding import Decoding
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.look import Look, on_picture, words_of
-from mllama_jax.model.cache import CrossCache, empty_cache
+from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
 from mllama_jax.processing.image import choose_canvas, preprocess
 from mllama_jax.processing.tokenizer import Tokenizer
+from mllama_jax.sharding.rules import Rules
 
 Conversation = Sequence[Mapping[str, Any]]
 Images = Sequence[Sequence[Image.Image]]
 
-SCORES_AT_ONCE = 2**32  # bytes of one layer's attention scores when pictures are encoded together
+PICTURES_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ class Mllama:
         """Logits float32 [B, T, V] of every position of tokens int [B, T]."""
         rows, cross = self._prepare(*_rows(tokens, images))
         logits = decode.all_logits(self.model, self.params, jnp.asarray(rows.tokens), cross)
-        return np.asarray(logits)[:, : int(rows.lengths.max())]
+        return np.asarray(logits)[: len(tokens), : int(rows.lengths.max())]
 
     def intermediates(self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> dict[str, np.ndarray]:
         """Every named intermediate, for comparison layer by layer.
@@ -85,7 +86,7 @@ class Mllama:
         """
         rows, cross = self._prepare(*_rows(tokens, images))
         found = decode.text_intermediates(self.model, self.params, rows.tokens, cross)
-        found = {name: value[:, : int(rows.lengths.max())] for name, value in found.items()}
+        found = {name: value[: len(tokens), : int(rows.lengths.max())] for name, value in found.items()}
         if rows.pixels is not None:
             found = decode.vision_intermediates(self.model, self.params, rows.pixels, rows.ratio_ids) | found
         return {name: np.asarray(value, np.float32) for name, value in found.items()}
@@ -145,6 +146,8 @@ class Mllama:
     def chat(self) -> Chat:
         """A conversation of several turns that keeps its caches."""
         tokenizer = self._tokenizer()
+        if (parts := self._up(1, "batch")) > 1:
+            raise InputError(f"a chat is one row and the mesh splits rows in {parts}; load it on a mesh that does not")
         return Chat(self.model, self.params, self.prompt, lambda params: self._start([params], tokenizer)[0])
 
     def look(self, conversation: Conversation, answer: str) -> Look:
@@ -196,14 +199,10 @@ class Mllama:
 
     def _encode(self, pixels: np.ndarray, ratio_ids: np.ndarray) -> jax.Array:
         """Projected features [I, C, N, D] of preprocessed pictures, a few at a time."""
-        vision = self.config.vision
-        assert vision is not None
-        scores = 4 * vision.heads * (vision.max_tiles * vision.padded_tokens) ** 2
-        at_once = min(max(SCORES_AT_ONCE // scores, 1), 8)
         features = []
-        for start in range(0, len(pixels), at_once):
-            some, ids = pixels[start : start + at_once], ratio_ids[start : start + at_once]
-            spare = bucket(len(some)) - len(some)
+        for start in range(0, len(pixels), PICTURES_AT_ONCE):
+            some, ids = (each[start : start + PICTURES_AT_ONCE] for each in (pixels, ratio_ids))
+            spare = self._up(bucket(len(some)), "images") - len(some)
             some, ids = np.pad(some, ((0, spare), *((0, 0),) * 4)), np.pad(ids, (0, spare))
             features.append(decode.encode(self.model, self.params, some, ids)[: len(some) - spare])
         return jnp.concatenate(features)
@@ -211,8 +210,9 @@ class Mllama:
     def _prepare(
         self, tokens: list[list[int]], images: Images, new_tokens: Sequence[int] = ()
     ) -> tuple[Rows, CrossCache | None]:
-        """Rows as arrays, and what their pictures leave in the cross-attention caches."""
-        rows = make_rows(self.config, tokens, images, new_tokens)
+        """Rows as arrays, idle ones added where a mesh asks for it, and what pictures leave in the image caches."""
+        idle = self._up(len(tokens), "batch") - len(tokens)
+        rows = make_rows(self.config, [*tokens, *[[self.config.pad]] * idle], [*images, *[[]] * idle], new_tokens)
         if rows.pixels is None:
             return rows, None
         features = self._encode(rows.pixels, rows.ratio_ids)
@@ -241,11 +241,22 @@ class Mllama:
         """Blocks of new tokens on the host and how many of their columns were made, until every answer has ended."""
         limits = [answer.params.max_new_tokens for answer in answers]
         tokens = [prompt.tokens for prompt in prompts]
-        rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], limits)
-        decoding = Decoding(self.model, self.params, answers, tokens, cross)
+        spare = self._up(len(tokens), "batch") - len(tokens)
+        rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], [*limits, *[1] * spare])
+        idle = [Answer(SamplingParams(max_new_tokens=1), (), None) for _ in range(spare)]
+        decoding = Decoding(self.model, self.params, [*answers, *idle], [*tokens, *[[]] * spare], cross)
         length = bucket(rows.tokens.shape[1] + max(limits), 64)
-        cache = empty_cache(self.config.text, len(tokens), length, self.model.dtype)
-        yield from decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache)
+        cache = decode.new_cache(self.model, len(rows.tokens), length)
+        for block, columns in decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache):
+            for row, answer in enumerate(idle, start=len(tokens)):
+                answer.push(block, row, columns)
+            yield block, columns
+
+    def _up(self, n: int, axis: str) -> int:
+        """`n` rounded up such that a mesh divides an axis of this logical name."""
+        constrain = self.model.constrain
+        parts = constrain.parts(axis) if isinstance(constrain, Rules) else 1
+        return n + -n % parts
 
 
 def _shows(parts: Sequence[Any]) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mllama_jax import planner
 from mllama_jax.convert.command import add_commands
 from mllama_jax.errors import InputError
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     add_commands(commands)
+    planner.add_parser(commands)
     for command in (generate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +21,22 @@ from mllama_jax.convert.model import CARRIED
 from mllama_jax.convert.sources import Checkpoint, open_checkpoint
 from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
-from mllama_jax.model.mllama import MllamaModel, abstract_parameters
+from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.sharding.rules import SERVE, Rules
+from mllama_jax.sharding.resolve import resolve
+from mllama_jax.sharding.rules import MeshAxes, Rules, preset_rules
 
 DTYPES = ("bfloat16", "float32", "float16")
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: str = "bfloat16", mesh: Mesh | None = None, verify: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    rules: str | Mapping[str, MeshAxes] = "serve",
+    verify: bool = False,
 ) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
@@ -38,8 +44,9 @@ def load(
         path: a Hugging Face directory (key names from before or after transformers 4.52), a Meta release directory, or
             one that `mllama convert` wrote, in a bucket too (`gs://bucket/path`).
         dtype: of the parameters and the computation; "float32" also means float32 products.
-        mesh: with axes data, kv and q, to spread the parameters over, each process reading what its devices hold; the
-            default device otherwise.
+        mesh: to spread the parameters over, with the axes that the rules name (see `mllama_jax.sharding`), each process
+            reading what its devices hold; the default device otherwise.
+        rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
 
     Raises:
@@ -55,9 +62,12 @@ def load(
     config = read_config(checkpoint)
     with _small_files(checkpoint) as directory:
         tokenizer, template = _tokenizer(directory, config), load_template(directory)
-    rules = Rules.of(mesh, SERVE) if mesh is not None else None
-    params = load_parameters(parameters(checkpoint, config), _placer(config, jnp.dtype(dtype), rules))
-    model = MllamaModel(config, jnp.dtype(dtype), rules) if rules else MllamaModel(config, jnp.dtype(dtype))
+    model, wanted = MllamaModel(config, jnp.dtype(dtype)), None
+    if mesh is not None:
+        placed = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
+        model = MllamaModel(config, jnp.dtype(dtype), placed)
+        wanted = paths(resolve(config, placed, jnp.dtype(dtype)))
+    params = load_parameters(parameters(checkpoint, config), _placer(jnp.dtype(dtype), wanted))
     return Mllama(model, params, tokenizer, template, Path(path))
 
 
@@ -78,27 +88,19 @@ Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 def _placer(
-    config: MllamaConfig, dtype: np.dtype, rules: Rules | None
+    dtype: np.dtype, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None
 ) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
-    """A function that puts a parameter where the rules say, reading what this process's devices hold of it."""
-    names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
+    """A function that puts a parameter where `wanted` says, reading what this process's devices hold of it."""
 
     def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
         @functools.lru_cache(maxsize=1)  # replicas come one after another
         def piece(bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
             return read(tuple(slice(*each) for each in bounds)).astype(dtype, copy=False)
 
-        if rules is None:
+        if wanted is None:
             return jax.device_put(piece(((None, None),) * len(shape)))
-        sharding = rules.sharding(*names[path])
-        try:
-            sharding.shard_shape(shape)
-        except ValueError:
-            raise InputError(
-                f"{'/'.join(path)}: shape {list(shape)} does not divide over {sharding}; take a smaller mesh"
-            ) from None
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
+            shape, wanted[path].sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
         )
 
     return put

@@ -1,54 +1,153 @@
-"""Run by `test_sharding` with eight CPU devices: the small model sharded over them against the single-device one."""
+"""Run by `test_sharding` on fake CPU devices: a model on a mesh against the same model on one device."""
 
 from __future__ import annotations
 
-import re
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 import mllama_jax
+from mllama_jax import Mllama
+from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.run import convert
+from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
+from mllama_jax.sharding.hlo import KINDS
+from mllama_jax.sharding.mesh import make_mesh
+from mllama_jax.sharding.programs import Programs, Workload, compile_program
+from mllama_jax.sharding.resolve import device_bytes
+from mllama_jax.sharding.rules import MeshAxes, preset_rules
+
+IMAGE = 768
+
+# A dictionary of one's own: heads and hidden widths over one axis, rows over the other.
+CUSTOM: dict[str, MeshAxes] = {
+    "batch": "x",
+    "images": "x",
+    "mlp": "y",
+    "vision_mlp": "y",
+    "vocab": "y",
+    "kv_heads": "y",
+}
+
+# What is tried on how many devices: (rules, sizes of the mesh axes).
+CASES: dict[int, list[tuple[str | dict[str, MeshAxes], dict[str, int]]]] = {
+    8: [
+        ("serve", {"data": 2, "kv": 2, "q": 2}),
+        ("serve", {"data": 1, "kv": 4, "q": 2}),
+        ("long-context", {"data": 2, "kv": 2, "q": 2}),
+        ("evaluate", {"data": 4, "kv": 2, "q": 1}),
+        ("fsdp", {"fsdp": 8}),
+        ("fsdp+tensor", {"fsdp": 4, "tensor": 2}),
+        (CUSTOM, {"x": 4, "y": 2}),
+    ],
+    16: [("serve", {"data": 2, "kv": 4, "q": 2}), ("long-context", {"data": 4, "kv": 2, "q": 2})],
+    32: [("serve", {"data": 4, "kv": 4, "q": 2})],
+}
 
 
-def main(directory: str, scratch: str) -> None:
-    mesh = jax.make_mesh((2, 2, 2), ("data", "kv", "q"), axis_types=(AxisType.Auto,) * 3)
-    single, sharded = (
-        mllama_jax.load(directory, dtype="float32"),
-        mllama_jax.load(directory, dtype="float32", mesh=mesh),
-    )
+def rows() -> tuple[list[list[int]], list[list[Image.Image]]]:
+    """Five rows, so that no mesh divides them: no picture, one, the same one again, two apart, two together."""
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8)) for _ in range(2)]
-    tokens, images = [[512, 768, 5, 6, 7], [512, 9, 10, 11, 768]], [pictures[:1], pictures[1:]]
-    np.testing.assert_allclose(sharded.logits(tokens, images), single.logits(tokens, images), atol=1e-5)
-    settings = {"max_new_tokens": 8, "stop_ids": ()}
-    assert sharded.generate_tokens(tokens, images, **settings) == single.generate_tokens(tokens, images, **settings)
-    kernel = sharded.params["text"]["layers_0"]["mlp"]["gate_up"]["kernel"]
+    sizes = ((60, 90), (50, 50), (200, 40), (30, 130))
+    a, b, c, d = (Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in sizes)
+    tokens = [[512, 5, 6], [512, IMAGE, 9, 10, 11], [512, 3, IMAGE], [512, IMAGE, 3, IMAGE, 4], [512, IMAGE, IMAGE, 7]]
+    return tokens, [[], [a], [a], [b, c], [d, a]]
+
+
+def answers(model: Mllama) -> tuple[np.ndarray, list[list[int]]]:
+    tokens, images = rows()
+    real = np.arange(max(map(len, tokens))) < np.array([len(row) for row in tokens])[:, None]
+    logits = model.logits(tokens, images)[real]
+    return logits, model.generate_tokens(tokens, images, max_new_tokens=8, stop_ids=())
+
+
+def compare(directory: str) -> None:
+    """Every case for this many devices; prints each one's largest error. One device's answers are kept beside."""
+    single = Path(directory) / "single.npz"
+    if not single.exists():
+        logits, made = answers(mllama_jax.load(directory, dtype="float32"))
+        np.savez(single, logits=logits, made=np.array(made))
+    with np.load(single) as file:
+        wanted, tokens = file["logits"], file["made"].tolist()
+    for rules, axes in CASES[len(jax.devices())]:
+        mesh = make_mesh(axes, jax.devices())
+        logits, made = answers(mllama_jax.load(directory, dtype="float32", mesh=mesh, rules=rules))
+        error = float(np.abs(logits - wanted).max())
+        name = rules if isinstance(rules, str) else "custom"
+        print(json.dumps({"rules": name, "mesh": axes, "error": error, "tokens": made == tokens}))
+
+
+def refuse(directory: str) -> None:
+    """What cannot be placed is refused in one line, before anything is loaded."""
+
+    def refused(message: str, mesh: Mesh, rules: str | dict[str, MeshAxes] = "serve") -> None:
+        with pytest.raises(InputError, match=message) as error:
+            mllama_jax.load(directory, mesh=mesh, rules=rules)
+        assert "\n" not in str(error.value)
+
+    def mesh(*shape: int, axes: tuple[str, ...] = ("data", "kv", "q")) -> Mesh:
+        return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+    refused(r"expected axes \['data', 'kv', 'q'\], got \['model'\]", mesh(8, axes=("model",)))
+    refused(
+        r"text/layers_0/attention/kv/kernel \[2, 4, 16, 64\] on mesh \(data 1, kv 8, q 1\): kv_heads of size 4 does "
+        r"not divide over kv = 8; \[1, 2, 4\] would",
+        mesh(1, 8, 1),
+    )
+    refused(
+        r"text/layers_0/mlp/down/kernel \[64, 96\] on mesh \(x 8\): .* split twice over \['x'\], by \['embed', 'mlp'\]",
+        mesh(8, axes=("x",)),
+        {"embed": "x", "mlp": "x"},
+    )
+    refused("unknown logical axes \\['head'\\]; known are batch, ", mesh(8, axes=("x",)), {"head": "x"})
+    refused("preset 'fast' is not known; known are serve, ", mesh(2, 2, 2), "fast")
+    with pytest.raises(InputError, match="takes 4 devices, there are 8"):
+        make_mesh({"data": 1, "kv": 4, "q": 1}, jax.devices())
+    split = mllama_jax.load(directory, dtype="float32", mesh=mesh(2, 2, 2))
+    with pytest.raises(InputError, match="a chat is one row and the mesh splits rows in 2"):
+        split.chat()
+    kernel = split.params["text"]["layers_0"]["mlp"]["gate_up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 4
-    ours = Path(scratch, "ours")
+    print("refused")
+
+
+def restore(directory: str) -> None:
+    """Our layout loads onto a mesh as another layout does, and as Orbax itself restores it."""
+    ours, mesh = Path(directory, "ours"), make_mesh({"data": 2, "kv": 2, "q": 2}, jax.devices())
     convert(directory, ours, to="orbax")
-    loaded = mllama_jax.load(ours, dtype="float32", mesh=mesh).params
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), sharded.params)
-    restored = ocp.StandardCheckpointer().restore(ours, abstract)  # Orbax itself, on the same mesh
+    loaded, sharded = (mllama_jax.load(path, dtype="float32", mesh=mesh).params for path in (ours, directory))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), sharded)
+    restored = ocp.StandardCheckpointer().restore(ours, abstract)
     for tree in (loaded, restored):
-        for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(sharded.params), strict=True):
+        for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(sharded), strict=True):
             assert one.sharding == other.sharding
             np.testing.assert_array_equal(one, other)
-    for shape, axes, message in (
-        ((8,), ("model",), "expected axes ['data', 'kv', 'q'], got ['model']"),
-        ((1, 8, 1), ("data", "kv", "q"), "does not divide over"),
-    ):
-        with pytest.raises(InputError, match=re.escape(message)):
-            mllama_jax.load(directory, mesh=jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes)))
-    print("sharded equals single")
+    print("restored")
+
+
+def clean(directory: str) -> None:
+    """The compiled decode step: two all-reduces a layer, gathers of embedding and logits; caches in their place."""
+    config = read_config(open_checkpoint(Path(directory)))
+    mesh, load = make_mesh({"data": 1, "kv": 4, "q": 2}, jax.devices()), Workload(4, 64, 1)
+    programs = Programs(config, preset_rules("serve", config, mesh), "float32")
+    compiled = compile_program(programs.decode(load))
+    counts: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    for collective, count in compiled.collectives.items():
+        assert collective.group == 8
+        counts[collective.kind] += count
+    assert +counts == {"all-reduce": 2 * config.text.layers, "all-gather": 2}
+    assert compiled.aliased >= device_bytes(programs.cache(load.slots, load.context))
+    print("clean")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"compare": compare, "refuse": refuse, "restore": restore, "clean": clean}[sys.argv[1]](sys.argv[2])

@@ -21,7 +21,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = check.attention
-    monkeypatch.setattr(check, "attention", lambda q, k, v, mask: right(q, k, v, mask) * jnp.asarray(1.1, v.dtype))
+    monkeypatch.setattr(check, "attention", lambda q, k, v, *seen: right(q, k, v, *seen) * jnp.asarray(1.1, v.dtype))
     monkeypatch.setattr(check, "parity", lambda dtype: iter(()))
     assert main(["check"]) == 1
     out = capsys.readouterr().out

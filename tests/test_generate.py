@@ -19,6 +19,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.batch import bucket
 from mllama_jax.generate.sampling import Settings, kept, sample
+from mllama_jax.model import attention as model_attention
 from mllama_jax.model.cache import empty_cache
 
 IMAGE = 768
@@ -277,3 +278,26 @@ def test_half_precision_stays_near(
     half = mllama_jax.load(small_directory, dtype=dtype).logits(tokens, images)
     assert half.dtype == np.float32
     assert np.linalg.norm(half - exact) <= tolerance * np.linalg.norm(exact)
+
+
+def test_prompts_in_chunks_and_attention_in_blocks_change_nothing(
+    small_directory: Path, picture: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of which one ends in each chunk; blocks of one and of a few queries, in the vision tower too."""
+    tokens = [[512, IMAGE, *range(20)], [512, *range(5)], [512, 3, IMAGE, *range(40, 53)], [512, *range(100, 131)]]
+    images = [[picture(1)], [], [picture(2, 200, 40)], []]
+    whole = mllama_jax.load(small_directory, dtype="float32")
+    features, logits = whole.encode_images(images), whole.logits(tokens, images)
+    made = whole.generate_tokens(tokens, images, max_new_tokens=6, stop_ids=())
+    jax.clear_caches()
+    monkeypatch.setattr(decode, "CHUNK", 8)
+    monkeypatch.setattr(model_attention, "SCORES_AT_ONCE", 2500)
+    traced = []
+    monkeypatch.setattr(jax.lax, "map", lambda *args, original=jax.lax.map: traced.append(1) or original(*args))
+    try:
+        np.testing.assert_allclose(whole.encode_images(images), features, atol=1e-5)
+        np.testing.assert_allclose(whole.logits(tokens, images), logits, atol=1e-5)
+        assert whole.generate_tokens(tokens, images, max_new_tokens=6, stop_ids=()) == made
+        assert traced
+    finally:
+        jax.clear_caches()

@@ -192,6 +192,6 @@ def test_any_slice_is_that_slice_of_the_whole(template: Path, tmp_path: Path, sh
 def test_slices_are_views_of_the_files(small_directory: Path) -> None:
     checkpoint = open_checkpoint(small_directory)
     parameter = parameters(checkpoint, read_config(checkpoint))[("text", "layers_0", "attention", "kv", "kernel")]
-    one = parameter.read((slice(0, 1), slice(1, 2), *(slice(0, n) for n in parameter.shape[2:])))
+    one = parameter.read((slice(1, 2), slice(0, 1), *(slice(0, n) for n in parameter.shape[2:])))
     (file,) = checkpoint.parts("language_model.model.layers.0.self_attn.v_proj.weight")
     assert np.shares_memory(one, file)

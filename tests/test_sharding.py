@@ -1,21 +1,184 @@
-"""A model spread over a mesh gives what it gives on one device."""
+"""A model spread over a mesh gives what it gives on one device; rules and meshes that cannot be are refused."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
 
-def test_sharded_equals_single(small_directory: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.sharded", str(small_directory), str(tmp_path)],
+from mllama_jax.config import PRESETS as MODELS
+from mllama_jax.convert.export import write_hf
+from mllama_jax.errors import InputError
+from mllama_jax.model.mllama import MllamaModel, abstract_parameters
+from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
+from mllama_jax.sharding.resolve import device_bytes, resolve
+from mllama_jax.sharding.rules import LOGICAL_AXES, PRESETS, mesh_axes, preset_rules
+from mllama_jax.train.pictures import recipe, tokenizer
+from tests.conftest import SMALL
+from tests.sharded import CASES
+
+SPREAD = dataclasses.replace(
+    SMALL, text=dataclasses.replace(SMALL.text, heads=8, kv_heads=4, layers=4, cross_layers=(1,))
+)
+
+
+def run(devices: int, *args: str) -> str:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sharded", *args],
         cwd=Path(__file__).parents[1],
-        env=environment,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.stdout.endswith("sharded equals single\n"), run.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def spread_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight query heads of four key/value heads, which two mesh axes can split."""
+    directory = tmp_path_factory.mktemp("spread")
+    params = jax.device_get(jax.jit(lambda key: recipe.start(key, SPREAD))(jax.random.key(1)))
+    write_hf(directory, params, SPREAD, np.dtype("float32"))
+    tokenizer.write(directory)
+    return directory
+
+
+@pytest.mark.parametrize("devices", CASES)
+def test_sharded_equals_single(devices: int, spread_directory: Path) -> None:
+    """float32 logits within 1e-5 and the same greedy tokens, of an uneven batch with and without pictures."""
+    cases = [json.loads(line) for line in run(devices, "compare", str(spread_directory)).splitlines()]
+    assert len(cases) == len(CASES[devices])
+    for case in cases:
+        assert case["error"] <= 1e-5, case
+        assert case["tokens"], case
+
+
+def test_every_preset_is_compared() -> None:
+    assert {rules for cases in CASES.values() for rules, _ in cases if isinstance(rules, str)} == set(PRESETS)
+
+
+def test_what_cannot_be_placed_is_refused(spread_directory: Path) -> None:
+    assert run(8, "refuse", str(spread_directory)) == "refused\n"
+
+
+def test_our_layout_restores_on_a_mesh(spread_directory: Path) -> None:
+    assert run(8, "restore", str(spread_directory)) == "restored\n"
+
+
+def test_the_compiled_decode_step_is_clean(spread_directory: Path) -> None:
+    """On CPU devices; tests/oracle asks the TPU's compiler at full size."""
+    assert run(8, "clean", str(spread_directory)) == "clean\n"
+
+
+def test_every_logical_axis_is_known() -> None:
+    """The table of logical axes names all that parameters and activations use, and nothing else."""
+    used: set[str | None] = set()
+
+    def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+        assert len(axes) == x.ndim
+        used.update(axes)
+        return x
+
+    model = MllamaModel(SMALL, jnp.dtype("float32"), constrain)
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), method="touch")["params"])
+    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+        used.update(leaf.names)
+    assert used - {None} == set(LOGICAL_AXES)
+
+
+# Cloud names and what they are: chips, devices, sizes of the serve preset's axes for the 90B.
+SLICES = {
+    "v6e-8": ("v6e:2x4", 8, 8, (1, 8, 1)),
+    "v5litepod-16": ("v5e:4x4", 16, 16, (1, 8, 2)),
+    "v5e-256": ("v5e:16x16", 256, 256, (4, 8, 8)),
+    "v5p-8": ("v5p:2x2x1", 4, 4, (1, 4, 1)),
+    "tpu7x-8": ("tpu7x:2x2x1", 4, 8, (1, 8, 1)),
+    "a3-highgpu-8g": ("h100:8", 8, 8, (1, 8, 1)),
+    "h200:1": ("h200:1", 1, 1, (1, 1, 1)),
+    "2xv6e:4x4": ("2xv6e:4x4", 32, 32, (1, 8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_by_name(name: str) -> None:
+    found, chips, devices, axes = topology(name), *SLICES[name][1:]
+    assert (found.name, found.chips, found.devices) == (SLICES[name][0], chips, devices)
+    assert tuple(mesh_axes("serve", MODELS["90b"], devices).values()) == axes
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v6e:3x3", "v5p-3", "2xh100:8", "0xv6e:2x2", ""])
+def test_unknown_slices_list_the_known(name: str) -> None:
+    with pytest.raises(InputError, match=r"known are v5e:.*v6e:.*v5p:.*tpu7x:.*h100:") as error:
+        topology(name)
+    assert "\n" not in str(error.value)
+
+
+def test_every_slice_has_a_mesh_for_both_models() -> None:
+    for model in ("11b", "90b"):
+        for chip in CHIPS.values():
+            for shape in chip.shapes:
+                devices = int(np.prod(shape)) * chip.devices
+                for preset in PRESETS:
+                    assert int(np.prod(list(mesh_axes(preset, MODELS[model], devices).values()))) == devices
+
+
+def test_groups_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match=r"groups of 3 must divide 8 devices and 64 heads; \[1, 2, 4, 8\] do"):
+        mesh_axes("serve", MODELS["90b"], 8, group=3)
+
+
+def test_bytes_of_a_device() -> None:
+    """The 90B in bfloat16, by hand: everything whole on one device, and what eight share."""
+    config = MODELS["90b"]
+    whole = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(abstract_parameters(config))))
+    sizes = {}
+    for devices in (1, 8):
+        axes = mesh_axes("serve", config, devices)
+        mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), (jax.sharding.AxisType.Auto,) * 3)
+        sizes[devices] = device_bytes(resolve(config, preset_rules("serve", config, mesh), jnp.dtype("bfloat16")))
+    assert sizes[1] == 2 * whole
+    assert whole / 4 < sizes[8] < 1.02 * whole / 4  # norms, gates and tables are on every device
+
+
+class Chip:
+    """A chip at a place, as a TPU's devices have it."""
+
+    def __init__(self, *coords: int):
+        self.coords, self.core_on_chip, self.slice_index = (*coords, 0), 0, 0
+        self.platform, self.device_kind, self.process_index = "tpu", "TPU v6 lite", 0
+        self.id = coords[0] * 16 + coords[1]
+
+
+@pytest.mark.parametrize(
+    ("grid", "axes", "farthest"),
+    [
+        ((2, 4), {"data": 1, "kv": 8, "q": 1}, {"kv": 1}),
+        ((4, 8), {"data": 1, "kv": 8, "q": 4}, {"kv": 1, "q": 1}),
+        ((4, 4), {"data": 1, "kv": 8, "q": 2}, {"kv": 2, "q": 1}),  # one physical axis has to serve both
+    ],
+)
+def test_neighbours_in_the_mesh_are_neighbours_on_the_wire(
+    grid: tuple[int, int], axes: dict[str, int], farthest: dict[str, int]
+) -> None:
+    mesh = make_mesh(axes, [Chip(x, y) for y in range(grid[1]) for x in range(grid[0])])
+    for number, axis in enumerate(axes):
+        line = np.moveaxis(mesh.devices, number, 0).reshape(axes[axis], -1)
+        steps = [
+            sum(abs(p - q) for p, q in zip(a.coords, b.coords, strict=True))
+            for row in line.T
+            for a, b in itertools.pairwise(row)
+        ]
+        assert max(steps, default=0) == farthest.get(axis, 0)

@@ -14,7 +14,7 @@ ALLOWED = {
     "config": {"errors"},
     "model": {"config", "errors"},
     "processing": {"config", "errors"},
-    "sharding": {"config", "errors", "model"},
+    "sharding": {"config", "errors", "model", "generate"},  # the planner compiles the programs of `generate`
     "convert": {"config", "errors", "model"},
     "generate": {"config", "errors", "model", "processing"},
 }

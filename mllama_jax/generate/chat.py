@@ -19,7 +19,7 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import bucket, check_rows
 from mllama_jax.generate.decoding import Decoding
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
@@ -102,25 +102,26 @@ class Chat:
     def _make_room(self, length: int) -> None:
         """Let the cache hold `length` positions."""
         if not self._cache:
-            self._cache = empty_cache(self.config.text, 1, bucket(length, 256), self._model.dtype)
-        short = bucket(length, 256) - self._cache[0].k.shape[1]
+            self._cache = decode.new_cache(self._model, 1, bucket(length, 256))
+        short = bucket(length, 256) - self._cache[0].k.shape[2]
         if short > 0:
-            self._cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))), self._cache)
+            self._cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))), self._cache)
 
     def _cross(self, prompt: Prompt) -> CrossCache | None:
         """What the conversation's pictures leave in the cross-attention caches; only new ones are encoded."""
         if not prompt.images:
             return None
-        kept, spans = [], []
+        vision, kept, spans = self.config.vision, [], []
+        assert vision is not None
         for image, span in zip(prompt.images, image_spans(prompt.tokens, self.config.image_token), strict=True):
             layers = self._picture(image)
             kept.append(layers)
-            spans += [span] * (layers[0].k.shape[1] // _tokens(self.config))
-        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *kept)
+            spans += [span] * (layers[0].k.shape[2] // vision.padded_tokens)
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *kept)
         missing = bucket(len(spans)) - len(spans)  # tiles that nobody sees, for fewer programs
-        width = missing * _tokens(self.config)
-        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, width), (0, 0), (0, 0))), layers)
-        return CrossCache(layers, jnp.asarray([[*spans, *[(0, 0)] * missing]], jnp.int32))
+        width = missing * vision.padded_tokens
+        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, width), (0, 0))), layers)
+        return CrossCache(layers, jnp.asarray([[*spans, *[(0, 0)] * missing]], jnp.int32), vision.tokens)
 
     def _picture(self, image: Image.Image) -> tuple[KVCache, ...]:
         """A picture's keys and values in each cross-attention layer, padding tiles left out."""
@@ -133,11 +134,6 @@ class Chat:
             spans = np.zeros((*tiles.shape, 2), np.int32)
             self._pictures[key] = decode.keys_values(self._model, self._params, features, tiles, spans).layers
         return self._pictures[key]
-
-
-def _tokens(config: MllamaConfig) -> int:
-    assert config.vision is not None
-    return config.vision.tokens
 
 
 def _digest(image: Image.Image) -> bytes:

@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 
 from mllama_jax.generate.sampling import Settings, sample
-from mllama_jax.model.attention import attention_weights
+from mllama_jax.model.attention import attention_weights, largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
+
+CHUNK = 2048  # tokens of a prompt read at once
 
 
 @struct.dataclass
@@ -99,13 +102,13 @@ def attention_to_tiles(model: MllamaModel, params: Params, tokens: jax.Array, cr
     whole = _whole(model, tokens)
     _, sown = model.apply({"params": params}, *whole, cross, mutable=["queries"])
     found: Any = sown["queries"]["text"]
-    tokens_a_tile = cross.layers[0].k.shape[1] // cross.spans.shape[1]
-    mask = jnp.repeat(cross.visible(whole[1]), tokens_a_tile, axis=-1)
+    mask = cross.visible(whole[1])
     weights = []
     for i, layer in zip(model.config.text.cross_layers, cross.layers, strict=True):
         (q,) = found[f"layers_{i}"]["attention"]["normed"]
         weights.append(attention_weights(q, layer.k, mask).mean(axis=(1, 2)))  # B T S
-    return jnp.mean(jnp.stack(weights), axis=0).reshape(*tokens.shape, -1, tokens_a_tile)
+    tiles = jnp.mean(jnp.stack(weights), axis=0).reshape(*tokens.shape, cross.spans.shape[1], -1)  # B T M N'
+    return tiles[..., : cross.tokens]
 
 
 def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
@@ -120,6 +123,13 @@ def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: Cro
     """Logits float32 [B, T, V] of every position of tokens [B, T]."""
     x, _ = call(model, params, "__call__", *_whole(model, tokens), cross)
     return call(model, params, "logits", x)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "length"))
+def new_cache(model: MllamaModel, rows: int, length: int) -> tuple[KVCache, ...]:
+    """An empty cache of so many rows and positions, in its place on the mesh."""
+    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    return jax.tree.map(lambda x: model.constrain(x, *KVCache.axes), cache)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="cache")
@@ -139,11 +149,21 @@ def prefill(
 
     The cache holds what stands before `start` and has room for `start + T`. Padding behind a row's tokens is read too:
     decode overwrites what it left in the cache before anything can see it. `top` is how many of the likeliest tokens to
-    report.
+    report. Long prompts are read in chunks of at most CHUNK tokens, which bounds the memory they need.
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    x, cache = call(model, params, "__call__", tokens, positions, cache, cross)
-    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    rows, length = tokens.shape
+    size = largest_divisor(length, CHUNK)
+
+    def read(carry: tuple, chunk: tuple) -> tuple[tuple, None]:
+        (cache, last), (first, own) = carry, chunk
+        x, cache = call(model, params, "__call__", own, start[:, None] + first + jnp.arange(size), cache, cross)
+        end = lengths - 1 - first  # where a row's last token is, if in this chunk
+        ends = jnp.take_along_axis(x, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)[:, 0]
+        return (cache, jnp.where(((end >= 0) & (end < size))[:, None], ends, last)), None
+
+    chunks = jnp.arange(0, length, size), rearrange(tokens, "b (n t) -> n b t", t=size)
+    last = jnp.zeros((rows, model.config.text.width), model.dtype)
+    (cache, last), _ = jax.lax.scan(read, (cache, last), chunks)
     nothing = jnp.zeros_like(lengths)
     counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
     state = State(cache, nothing, start + lengths, nothing, jnp.zeros(len(lengths), bool), counts)
@@ -175,7 +195,7 @@ def decode(
     def step(carry: tuple) -> tuple:
         i, state, block = carry
         x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-        position = jnp.minimum(state.position + 1, cache[0].k.shape[1] - 1)  # a row that is done stays inside
+        position = jnp.minimum(state.position + 1, cache[0].k.shape[2] - 1)  # a row that is done stays inside
         state, made = _choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 

@@ -254,8 +254,8 @@ def adjusted(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax
 
 def candidates(logits: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """Tokens to draw from, likeliest first: ids int [B, V] and their logits over temperature, -inf where not kept."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / jnp.maximum(settings.temperature, 1e-6)[:, None]
+    ranked, order = jax.lax.top_k(logits, logits.shape[-1])  # sorts; a TPU's compiler takes half of argsort's time
+    ranked /= jnp.maximum(settings.temperature, 1e-6)[:, None]
     return order, jnp.where(kept(ranked, settings), ranked, -jnp.inf)
 
 

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from mllama_jax.config import TextConfig
 from mllama_jax.model.attention import attention
-from mllama_jax.model.cache import KVCache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.layers import Constrain, Linear, RMSNorm, SwiGLU, parameter, unconstrained
 
 
@@ -34,25 +34,24 @@ class CrossAttention(nn.Module):
         c = self.config
         K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
         self.q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"))
-        self.kv = Linear("bsd,kchd->bskch", (K, 2, H, D), ("kv_heads", None, "head_dim", "embed"))
-        self.out = Linear("btkgh,dkgh->btd", (D, K, G, H), ("embed", "kv_heads", "q_heads", "head_dim"), inputs=3)
+        self.kv = Linear("bsd,ckhd->bsckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"))
+        self.out = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"))
         self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
 
     def keys_values(self, features: jax.Array) -> KVCache:
-        """Projected features [B, M, N, D] -> keys and values [B, M*N, K, H], computed once for all text."""
+        """Projected features [B, M, N', D] -> keys and values [B, K, M*N', H], computed once for all text."""
         kv = self.kv(rearrange(features, "b m n d -> b (m n) d"))
-        k = self.constrain(self.k_norm(kv[:, :, :, 0]), "batch", "image_seq", "kv_heads", "head_dim")
-        v = self.constrain(kv[:, :, :, 1], "batch", "image_seq", "kv_heads", "head_dim")
-        return KVCache(k, v)
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (self.k_norm(kv[:, :, 0]), kv[:, :, 1]))
+        return KVCache(*(self.constrain(x, "batch", "kv_heads", "image_seq", "head_dim") for x in (k, v)))
 
-    def __call__(self, x: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
-        """Attend from x [B, T, D] to the tiles that bool `visible` [B, T, M] names; zero where it names none."""
-        q = self.q_norm(self.q(x))
+    def __call__(self, x: jax.Array, cache: KVCache, cross: CrossCache, positions: jax.Array) -> jax.Array:
+        """Attend from x [B, T, D] at positions int [B, T] to the tiles these see; zero where they see none."""
+        q = self.constrain(self.q_norm(self.q(x)), "batch", "seq", "kv_heads", "queries", "head_dim")
         self.sow("queries", "normed", q)
-        mask = jnp.repeat(visible, cache.k.shape[1] // visible.shape[-1], axis=-1)
-        y = attention(q, cache.k, cache.v, mask)
-        y = y * visible.any(axis=-1)[:, :, None, None, None].astype(y.dtype)
-        return self.constrain(self.out(y), "batch", "seq", "embed")
+        y = attention(q, cache.k, cache.v, positions, cross.visible)
+        y = y * cross.sees(positions)[:, :, None, None, None].astype(y.dtype)
+        y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
+        return self.constrain(self.out(y), "batch", "seq", "residual")
 
 
 class CrossAttentionLayer(nn.Module):
@@ -72,7 +71,8 @@ class CrossAttentionLayer(nn.Module):
     def keys_values(self, features: jax.Array) -> KVCache:
         return self.attention.keys_values(features)
 
-    def __call__(self, x: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
-        sees = visible.any(axis=-1, keepdims=True).astype(x.dtype)
-        x = x + jnp.tanh(self.attention_gate.astype(x.dtype)) * self.attention(self.attention_norm(x), cache, visible)
+    def __call__(self, x: jax.Array, cache: KVCache, cross: CrossCache, positions: jax.Array) -> jax.Array:
+        y = self.attention(self.attention_norm(x), cache, cross, positions)
+        x = x + jnp.tanh(self.attention_gate.astype(x.dtype)) * y
+        sees = cross.sees(positions)[:, :, None].astype(x.dtype)
         return x + jnp.tanh(self.mlp_gate.astype(x.dtype)) * sees * self.mlp(self.mlp_norm(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mllama_jax.config import TextConfig
 from mllama_jax.model.adapter import CrossAttentionLayer
@@ -34,17 +35,16 @@ class SelfAttention(nn.Module):
         c = self.config
         K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
         q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"), name="q")(x)
-        kv = Linear("btd,kchd->btkch", (K, 2, H, D), ("kv_heads", None, "head_dim", "embed"), name="kv")(x)
+        kv = Linear("btd,ckhd->btckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"), name="kv")(x)
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
-        q, k = rotate(q, positions, frequencies), rotate(kv[:, :, :, 0], positions, frequencies)
-        cache = cache.write(k, kv[:, :, :, 1], positions)
-        cache = KVCache(*(self.constrain(x, "batch", "cache", "kv_heads", "head_dim") for x in (cache.k, cache.v)))
-        causal = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]  # B T S
-        y = attention(q, cache.k, cache.v, causal)
-        out = Linear(
-            "btkgh,dkgh->btd", (D, K, G, H), ("embed", "kv_heads", "q_heads", "head_dim"), inputs=3, name="out"
-        )
-        return self.constrain(out(y), "batch", "seq", "embed"), cache
+        q, k = rotate(q, positions, frequencies), rotate(kv[:, :, 0], positions, frequencies)
+        cache = cache.write(k, kv[:, :, 1], positions)
+        cache = jax.tree.map(lambda x: self.constrain(x, *KVCache.axes), cache)
+        q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
+        y = attention(q, cache.k, cache.v, positions, lambda t: jnp.arange(cache.k.shape[2]) <= t[:, :, None])
+        y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
+        y = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"), name="out")(y)
+        return self.constrain(y, "batch", "seq", "residual"), cache
 
 
 class SelfAttentionLayer(nn.Module):
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps)
 
     def keys_values(self, features: jax.Array) -> tuple[KVCache, ...]:
-        """Projected features [B, M, N, D] -> keys and values for each cross-attention layer."""
+        """Projected features [B, M, N', D] -> keys and values for each cross-attention layer."""
         return tuple(self.layers[i].keys_values(features) for i in self.config.cross_layers)
 
     def __call__(
@@ -92,18 +92,17 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Run tokens int [B, T] at positions int [B, T]; returns normed states [B, T, D] and the cache they extend."""
         x = self.embedding.astype(self.dtype)[tokens]
-        x = self.constrain(x, "batch", "seq", "embed")
+        x = self.constrain(x, "batch", "seq", "residual")
         self.sow("intermediates", "embedded", x)
         selves = iter(cache)
         crosses = iter(cross.layers if cross is not None else ())
-        visible = cross.visible(positions) if cross is not None else None
         written = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfAttentionLayer):
                 x, layer_cache = layer(x, next(selves), positions)
                 written.append(layer_cache)
-            elif visible is not None:
-                x = layer(x, next(crosses), visible)
+            elif cross is not None:
+                x = layer(x, next(crosses), cross, positions)
             self.sow("intermediates", f"layer_{i}", x)
         x = self.final_norm(x)
         self.sow("intermediates", "norm", x)
@@ -115,4 +114,7 @@ class Decoder(nn.Module):
             y = einsum("...d,vd->...v", x, self.embedding[: self.config.vocab].astype(x.dtype))
         else:
             y = self.head(x)
+        y = self.constrain(y, "batch", *("seq",) * (y.ndim - 2), "vocab")  # else the head's kernel would be gathered
+        if y.ndim == 2:  # one position a row: sampling looks at all of its logits again and again
+            y = self.constrain(y, "batch", None)
         return y.astype(jnp.float32)

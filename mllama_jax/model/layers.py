@@ -14,7 +14,7 @@ from mllama_jax.config import RopeScaling
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[..., jax.Array]
-"""`constrain(x, "batch", "seq", "embed")` places `x` on a mesh by the logical names of its axes."""
+"""`constrain(x, "batch", "seq", "residual")` places `x` on a mesh by the logical names of its axes."""
 
 
 def unconstrained(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -34,23 +34,19 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
 
 
 class Linear(nn.Module):
-    """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in...]` with `inputs` trailing input axes."""
+    """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`."""
 
     equation: str
     shape: tuple[int, ...]
     axes: Axes
-    inputs: int = 1
     bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        outputs = len(self.shape) - self.inputs
-        init = nn.initializers.normal(math.prod(self.shape[outputs:]) ** -0.5)
+        init = nn.initializers.normal(self.shape[-1] ** -0.5)
         y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
         if self.bias:
-            y += parameter(self, "bias", nn.initializers.zeros, self.shape[:outputs], self.axes[:outputs]).astype(
-                x.dtype
-            )
+            y += parameter(self, "bias", nn.initializers.zeros, self.shape[:-1], self.axes[:-1]).astype(x.dtype)
         return y
 
 
@@ -94,7 +90,7 @@ class SwiGLU(nn.Module):
         gate_up = Linear("btd,cfd->btcf", (2, self.hidden, D), (None, "mlp", "embed"), name="gate_up")(x)
         gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
         y = Linear("btf,df->btd", (D, self.hidden), ("embed", "mlp"), name="down")(nn.silu(gate) * up)
-        return self.constrain(y, "batch", "seq", "embed")
+        return self.constrain(y, "batch", "seq", "residual")
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:

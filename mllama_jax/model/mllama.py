@@ -39,7 +39,9 @@ class MllamaModel(nn.Module):
 
     def keys_values(self, features: jax.Array, spans: jax.Array) -> CrossCache:
         """Projected features of the rows' tiles [B, M, N, D] and their spans int [B, M, 2] -> a CrossCache."""
-        return CrossCache(self.text.keys_values(features), spans)
+        tokens = features.shape[2]
+        features = jnp.pad(features, ((0, 0), (0, 0), (0, -tokens % 8), (0, 0)))
+        return CrossCache(self.text.keys_values(features), spans, tokens)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...], cross: CrossCache | None

@@ -26,14 +26,16 @@ class SelfAttention(nn.Module):
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [I, S, D], bool [I, S, S]
+    def __call__(self, x: jax.Array, padding: jax.Array) -> jax.Array:  # [I, S, D], bool [I, S]
         c = self.config
-        shape, axes = (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
+        shape, axes = (c.heads, c.head_dim, c.width), ("vision_heads", "head_dim", "embed")
         qkv = Linear("btd,ckhd->btckh", (3, *shape), (None, *axes), name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        y = attention(q[:, :, :, None], k, v, mask)[:, :, :, 0]
-        y = Linear("btkh,dkh->btd", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), 2, name="out")(y)
-        return self.constrain(y, "batch", "seq", "embed")
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        y = attention(q[:, :, :, None], k, v, padding, lambda own: ~(own[:, :, None] & padding[:, None]))
+        y = rearrange(y, "b t k 1 h -> b t (k h)")
+        y = Linear("btf,df->btd", (c.width, c.width), ("embed", "vision_heads"), name="out")(y)
+        return self.constrain(y, "images", "seq", "residual")
 
 
 class MLP(nn.Module):
@@ -45,10 +47,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        y = Linear("btd,fd->btf", (c.hidden, c.width), ("mlp", "embed"), bias=True, name="up")(x)
+        y = Linear("btd,fd->btf", (c.hidden, c.width), ("vision_mlp", "embed"), bias=True, name="up")(x)
         y = nn.gelu(y, approximate=False)
-        y = Linear("btf,df->btd", (c.width, c.hidden), ("embed", "mlp"), bias=True, name="down")(y)
-        return self.constrain(y, "batch", "seq", "embed")
+        y = Linear("btf,df->btd", (c.width, c.hidden), ("embed", "vision_mlp"), bias=True, name="down")(y)
+        return self.constrain(y, "images", "seq", "residual")
 
 
 class Block(nn.Module):
@@ -59,7 +61,7 @@ class Block(nn.Module):
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, padding: jax.Array) -> jax.Array:
         c = self.config
 
         def gate(name: str) -> jax.Array | float:
@@ -70,7 +72,7 @@ class Block(nn.Module):
             )
 
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
-        x = x + gate("attention_gate") * SelfAttention(c, self.constrain, name="attention")(y, mask)
+        x = x + gate("attention_gate") * SelfAttention(c, self.constrain, name="attention")(y, padding)
         y = LayerNorm(c.norm_eps, name="mlp_norm")(x)
         return x + gate("mlp_gate") * MLP(c, self.constrain, name="mlp")(y)
 
@@ -132,7 +134,6 @@ class VisionEncoder(nn.Module):
         padding = jnp.arange(c.padded_tokens) >= c.tokens
         padding = padding | (jnp.arange(c.max_tiles)[:, None] >= jnp.asarray(TILES)[ratio_ids][:, None, None])
         padding = padding.reshape(x.shape[0], -1)  # I C*N
-        mask = ~(padding[:, :, None] & padding[:, None, :])
 
         def flat(x: jax.Array) -> jax.Array:
             return rearrange(x, "i c n d -> i (c n) d")
@@ -144,7 +145,7 @@ class VisionEncoder(nn.Module):
         for i in range(c.layers):
             if i in c.taps:
                 tapped.append(real(x))
-            x = Block(c, gated=False, constrain=self.constrain, name=f"locals_{i}")(x, mask)
+            x = Block(c, gated=False, constrain=self.constrain, name=f"locals_{i}")(x, padding)
             self.sow("intermediates", f"local_{i}", real(x))
         x = LayerNorm(c.norm_eps, name="norm_post")(x)
         self.sow("intermediates", "ln_post", real(x))
@@ -152,7 +153,7 @@ class VisionEncoder(nn.Module):
         x = flat(x)
         self.sow("intermediates", "post_tile", real(x))
         for i in range(c.global_layers):
-            x = Block(c, gated=True, constrain=self.constrain, name=f"globals_{i}")(x, mask)
+            x = Block(c, gated=True, constrain=self.constrain, name=f"globals_{i}")(x, padding)
             self.sow("intermediates", f"global_{i}", real(x))
         x = real(x)
         if tapped:

@@ -1,0 +1,143 @@
+"""`mllama plan`: will a model fit a slice, how many rows at once, how fast at best; on a terminal, as JSON, drawn."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllama_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from mllama_jax.config import MllamaConfig
+    from mllama_jax.sharding.plan import Plan
+
+GIB = 2**30
+
+
+def add_parser(commands: Any) -> None:
+    """Add `plan` to the subcommands of a parser."""
+    parser = commands.add_parser("plan", help="whether a model fits a slice, and how fast it can be; needs no TPU")
+    parser.add_argument("model", help="11b, 11b-instruct, 90b, 90b-instruct, guard-3-11b, or a checkpoint directory")
+    parser.add_argument("--topology", required=True, help="v6e:2x4, v6e-8, v5p-8, 2xv6e:4x4, h100:8, a3-highgpu-8g ...")
+    parser.add_argument("--slots", type=int, default=8, help="rows served at once")
+    parser.add_argument("--context", type=int, default=8192, help="positions of a row")
+    parser.add_argument("--images", type=int, default=1, help="pictures of a row, of all tiles each")
+    parser.add_argument("--preset", default="serve", help="serve, long-context, evaluate, fsdp, fsdp+tensor")
+    parser.add_argument("--group", type=int, help="devices that share a row (default: as the preset does)")
+    parser.add_argument(
+        "--arithmetic", action="store_true", help="do not ask the TPU's compiler; an estimate in seconds"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the memory of a device and the step's floors"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import jax
+
+    from mllama_jax.sharding.mesh import topology
+    from mllama_jax.sharding.plan import plan
+    from mllama_jax.sharding.programs import Workload
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here: the programs are only compiled
+    place = topology(args.topology)
+    if args.plot is not None and args.plot.suffix != ".png":
+        raise InputError(f"--plot must name a .png file, got {args.plot}")
+    made = plan(
+        _config(args.model),
+        place,
+        Workload(args.slots, args.context, args.images),
+        preset=args.preset,
+        group=args.group,
+        compiled=False if args.arithmetic else None,
+    )
+    if args.plot is not None:
+        draw(args.model, made, args.plot)
+    print(json.dumps(dataclasses.asdict(made)) if args.json else text(args.model, made))
+
+
+def _config(model: str) -> MllamaConfig:
+    from mllama_jax.config import PRESETS
+    from mllama_jax.convert.apply import read_config
+    from mllama_jax.convert.sources import open_checkpoint
+
+    if model in PRESETS:
+        return PRESETS[model]
+    if not Path(model).exists():
+        raise InputError(f"{model}: neither a directory nor one of {', '.join(PRESETS)}")
+    return read_config(open_checkpoint(Path(model)))
+
+
+def text(model: str, plan: Plan) -> str:
+    """The plan as lines for a terminal."""
+    asked = "the TPU's compiler" if plan.source == "compiler" else "arithmetic, nothing was compiled"
+    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"{model}, bfloat16, on {plan.topology} ({plan.cloud}): {plan.chips} chips, {plan.devices} devices",
+        f"preset {plan.preset}: {axes}; {plan.load.slots} rows of {plan.load.context} positions, "
+        f"{plan.load.images} pictures each; by {asked}",
+        "",
+        "a device holds, GiB",
+    ]
+    rows = [("weights", plan.weights), ("self cache", plan.self_cache), ("image cache", plan.image_cache)]
+    rows += [(f"{name}: temporaries, code", p.temporaries + p.code) for name, p in plan.programs.items()]
+    lines += [f"  {name:<28}{size / GIB:9.2f}" for name, size in rows]
+    over = plan.needed - plan.usable
+    lines += [
+        f"  {'needed at most':<28}{plan.needed / GIB:9.2f}  of {plan.usable / GIB:.2f}: "
+        + ("fits" if plan.fits else f"does not fit{f', {over / GIB:.2f} too many' if over > 0 else ''}"),
+        f"  rows that fit: {plan.largest_slots}"
+        + (f"; the nearest slice that does: {plan.nearest}" if plan.nearest else ""),
+        "",
+    ]
+    if sent := plan.programs["decode"].collectives:
+        lines += ["a decode step sends"]
+        lines += [f"  {count:4} {kind} of {size / 1e3:.1f} kB between {n}" for kind, size, n, count in sent]
+        lines += [""]
+    floors = ", ".join(
+        f"{name} {1e3 * getattr(plan.floor, name):.2f}" for name in ("bandwidth", "compute", "interconnect")
+    )
+    lines += [
+        f"a decode step reads {plan.floor.read / 1e9:.2f} GB a device; it takes at least, ms: {floors}",
+        f"{plan.binds} binds: at most {plan.tokens_per_second:.0f} tokens/s, "
+        f"{plan.tokens_per_second / plan.load.slots:.1f} a row",
+    ]
+    return "\n".join(lines)
+
+
+def draw(model: str, plan: Plan, path: Path) -> None:
+    """Draw the memory of a device as a bar, and the floors of a decode step."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'mllama-jax[plan]'") from None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    memory, time = figure.subplots(2, 1, height_ratios=(1, 1.4))
+    largest = max(plan.programs.values(), key=lambda program: program.temporaries + program.code)
+    parts = {
+        "weights": plan.weights,
+        "self cache": plan.self_cache,
+        "image cache": plan.image_cache,
+        "temporaries and code": largest.temporaries + largest.code,
+    }
+    left = 0.0
+    for name, size in parts.items():
+        memory.barh(0, size / GIB, left=left, label=f"{name} {size / GIB:.1f}")
+        left += size / GIB
+    memory.axvline(plan.usable / GIB, color="black", linestyle="--", label=f"usable {plan.usable / GIB:.1f}")
+    memory.set(yticks=[], xlabel="GiB of a device", title=f"{model} on {plan.topology}, {plan.load.slots} rows")
+    memory.legend(ncols=5, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, -1.3), frameon=False)
+    names = ("interconnect", "compute", "bandwidth")
+    milliseconds = [1e3 * getattr(plan.floor, name) for name in names]
+    colours = ["tab:red" if name == plan.binds else "tab:gray" for name in names]
+    time.bar_label(time.barh(names, milliseconds, color=colours), fmt="%.2f")
+    time.set(xlabel=f"ms a decode step takes at least; {plan.binds} binds: {plan.tokens_per_second:.0f} tokens/s")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}; choose another place") from None

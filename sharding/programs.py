@@ -1,0 +1,155 @@
+"""The programs that serve a model, lowered on abstract parameters and caches, and compiled for a TPU nobody has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllama_jax.config import MllamaConfig
+from mllama_jax.generate import decode
+from mllama_jax.generate.sampling import SamplingParams, Settings
+from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.mllama import MllamaModel
+from mllama_jax.sharding.hlo import Collective, Program
+from mllama_jax.sharding.resolve import check_axis, resolve
+from mllama_jax.sharding.rules import Rules
+
+STEPS = 32  # tokens a dispatch, as `generate` makes them
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is served at once: `slots` rows of up to `context` positions, each with `images` pictures of all tiles."""
+
+    slots: int
+    context: int
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, for one device.
+
+    Attributes:
+        arguments, temporaries, code: bytes; results lie in the arguments' place where `aliased`, else they are counted
+            as temporaries.
+        collectives: how often each runs: in decode for one token, in prefill for the whole prompt.
+        text: the optimised HLO.
+        seconds: what compiling took.
+    """
+
+    arguments: int
+    temporaries: int
+    code: int
+    aliased: int
+    collectives: Counter[Collective]
+    text: str = dataclasses.field(repr=False)
+    seconds: float
+
+
+class DoesNotFit(Exception):
+    """The compiler says that a program needs more memory than a device has: so many bytes."""
+
+    def __init__(self, needed: float):
+        super().__init__(needed)
+        self.needed = needed
+
+
+class Programs:
+    """A model's programs under `rules`, in abstract arrays."""
+
+    def __init__(self, config: MllamaConfig, rules: Rules, dtype: str = "bfloat16"):
+        self.config, self.rules = config, rules
+        self.model = MllamaModel(config, jnp.dtype(dtype), rules)
+        self.params = resolve(config, rules, jnp.dtype(dtype))
+
+    def decode(self, load: Workload) -> jax.stages.Lowered:
+        """A dispatch of decode steps of all slots."""
+        row = self._array((load.slots,), jnp.int32, "batch")
+        state = decode.State(
+            self.cache(load.slots, load.context), row, row, row, self._array((load.slots,), bool, "batch"), None
+        )
+        cross = self.cross(load.slots, load.images)
+        return decode.decode.lower(
+            self.model, self.params, state, cross, self._settings(load.slots), steps=STEPS, top=0
+        )
+
+    def prefill(self, load: Workload) -> jax.stages.Lowered:
+        """Reading as few whole prompts of `context` tokens as the mesh allows: one for each part of the batch."""
+        rows = self.rules.parts("batch")
+        row = self._array((rows,), jnp.int32, "batch")
+        tokens = self._array((rows, load.context), jnp.int32, "batch")
+        cache, cross = self.cache(rows, load.context), self.cross(rows, load.images)
+        return decode.prefill.lower(
+            self.model, self.params, tokens, row, row, cache, cross, self._settings(rows), top=0
+        )
+
+    def encode(self) -> jax.stages.Lowered:
+        """Encoding as few pictures as the mesh allows."""
+        vision = self.config.vision
+        assert vision is not None
+        images = self.rules.parts("images")
+        pixels = self._array((images, vision.max_tiles, 3, vision.tile, vision.tile), jnp.float32, "images")
+        return decode.encode.lower(self.model, self.params, pixels, self._array((images,), jnp.int32, "images"))
+
+    def cache(self, rows: int, length: int) -> tuple[KVCache, ...]:
+        shapes = jax.eval_shape(lambda: empty_cache(self.config.text, rows, length, self.model.dtype))
+        return jax.tree.map(lambda x: self._array(x.shape, x.dtype, *KVCache.axes), shapes)
+
+    def cross(self, rows: int, images: int) -> CrossCache | None:
+        vision, text = self.config.vision, self.config.text
+        if vision is None or not images:
+            return None
+        tiles = images * vision.max_tiles
+        shape = (rows, text.kv_heads, tiles * vision.padded_tokens, text.head_dim)
+        one = self._array(shape, self.model.dtype, "batch", "kv_heads", "image_seq", "head_dim")
+        layers = tuple(KVCache(one, one) for _ in text.cross_layers)
+        return CrossCache(layers, self._array((rows, tiles, 2), jnp.int32, "batch"), vision.tokens)
+
+    def _settings(self, rows: int) -> Settings:
+        shapes = jax.eval_shape(
+            lambda: Settings.of([SamplingParams()] * rows, [[]] * rows, self.config.stops, self.config.text.vocab)
+        )
+        return jax.tree.map(lambda x: self._array(x.shape, x.dtype, "batch"), shapes)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, *names: str) -> Any:
+        """An abstract array, where the program takes a real one."""
+        for size, name in zip(shape, names, strict=False):
+            check_axis(size, name, self.rules)
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=self.rules.sharding(*names))
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Compiled:
+    """Compile for the devices that a program was lowered for. Raises DoesNotFit."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as dump:  # `as_text` fails on large programs and on TPU7x (libtpu 0.0.52)
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if needed := re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error)):
+                raise DoesNotFit(float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]) from None
+            raise
+        seconds = time.monotonic() - start
+        (file,) = Path(dump).glob("*after_optimizations.txt")
+        text = file.read_text()
+    memory: Any = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes + results,
+        code=memory.generated_code_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        collectives=Program(text).collectives(),
+        text=text,
+        seconds=seconds,
+    )

@@ -1,0 +1,108 @@
+"""What a decode step must read, compute and send, and what programs need beside their arguments, by arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from mllama_jax.config import TextConfig
+from mllama_jax.generate.decode import CHUNK
+from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
+from mllama_jax.sharding.hlo import Collective
+from mllama_jax.sharding.mesh import Topology
+from mllama_jax.sharding.programs import Programs, Workload
+from mllama_jax.sharding.resolve import device_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Below what a decode step cannot take, in seconds, were each the only limit.
+
+    Attributes:
+        read: bytes that a device reads in a step.
+        bandwidth, compute, interconnect: seconds.
+    """
+
+    read: int
+    bandwidth: float
+    compute: float
+    interconnect: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.bandwidth, self.compute, self.interconnect)
+
+    @property
+    def binds(self) -> str:
+        return max(("bandwidth", "compute", "interconnect"), key=lambda name: getattr(self, name))
+
+
+def floor(topology: Topology, programs: Programs, load: Workload, collectives: Counter[Collective]) -> Floor:
+    """The floors of one decode step in which every cache is full."""
+    chip, text, rules = topology.chip, programs.config.text, programs.rules
+    weights = device_bytes(decode_weights(programs))
+    caches = device_bytes((programs.cache(load.slots, load.context), programs.cross(load.slots, load.images)))
+    rows = load.slots / rules.parts("batch")
+    seen = load.context * len(text.self_layers)
+    if programs.config.vision is not None:
+        vision = programs.config.vision
+        seen += load.images * vision.max_tiles * vision.padded_tokens * len(text.cross_layers)
+    heads = text.heads * text.head_dim / rules.parts("heads")
+    flops = 2 * rows * weights / programs.model.dtype.itemsize + 4 * rows * heads * seen
+    sent = sum(collective.wire * count for collective, count in collectives.items())
+    waits = sum(count for collective, count in collectives.items() if collective.group > 1)
+    return Floor(
+        read=weights + caches,
+        bandwidth=(weights + caches) / chip.bandwidth,
+        compute=flops / chip.flops,
+        interconnect=sent / chip.link + waits * topology.hops * chip.hop,
+    )
+
+
+def decode_weights(programs: Programs) -> Any:
+    """The parameters that a decode step reads whole: not the embedding, nor what only makes image caches."""
+    text = dict(programs.params["text"])
+    if not programs.config.text.tied:
+        del text["embedding"]
+    for i in programs.config.text.cross_layers:
+        layer = dict(text[f"layers_{i}"])
+        layer["attention"] = {name: leaf for name, leaf in layer["attention"].items() if name != "kv"}
+        text[f"layers_{i}"] = layer
+    return text
+
+
+def expected_collectives(programs: Programs, load: Workload) -> Counter[Collective]:
+    """Those of a decode step under tensor parallelism: two all-reduces a layer, gathers of embedding and logits."""
+    text, rules = programs.config.text, programs.rules
+    group = rules.parts("heads")
+    if group == 1:
+        return Counter()
+    rows, size = load.slots // rules.parts("batch"), programs.model.dtype.itemsize
+    layers = text.layers if load.images else len(text.self_layers)
+    found = Counter({Collective("all-reduce", rows * text.width * size, group): 2 * layers})
+    found[Collective("all-gather", rows * text.width * size, group)] += 1
+    found[Collective("all-gather", rows * text.vocab * size, group)] += 1
+    return found
+
+
+def row_temporaries(text: TextConfig) -> int:
+    """About what decode needs for one more row: its logits, and what sorting them takes, eight times in float32."""
+    return 8 * 4 * text.vocab
+
+
+def temporaries(programs: Programs, load: Workload) -> dict[str, int]:
+    """About what each program needs beside its arguments, in bytes a device."""
+    text, vision, rules = programs.config.text, programs.config.vision, programs.rules
+    size, heads = programs.model.dtype.itemsize, rules.parts("heads")
+    rows = load.slots // rules.parts("batch")
+    decode = row_temporaries(text) * rows + 2**26
+    t = largest_divisor(load.context, CHUNK)
+    scores = min(text.heads * t * load.context, SCORES_AT_ONCE) // heads
+    prefill = t * size * (4 * text.width + 3 * text.hidden // rules.parts("mlp")) + 10 * scores + 2**27
+    found = {"decode": decode, "prefill": prefill}
+    if vision is not None and load.images:
+        tokens = vision.max_tiles * vision.padded_tokens
+        scores = min(vision.heads * tokens**2, SCORES_AT_ONCE) // rules.parts("vision_heads")
+        found["encode"] = tokens * size * (3 * vision.output_width + 2 * text.width) + 10 * scores + 2**27
+    return found

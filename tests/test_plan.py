@@ -1,0 +1,147 @@
+"""The planner by arithmetic, its reading of compiled programs, and what it refuses. Compiling is in tests/oracle."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mllama_jax.cli import main
+from mllama_jax.config import PRESETS
+from mllama_jax.sharding.hlo import Collective, Program
+from mllama_jax.sharding.mesh import topology
+from mllama_jax.sharding.plan import Plan, plan
+from mllama_jax.sharding.programs import Workload
+
+GIB = 2**30
+
+# A loop of three rounds with a collective of each way to write groups, on-chip prefetch, and copies big and small.
+TEXT = """\
+HloModule jit_step, entry_computation_layout={(bf16[8,128]{1,0:T(8,128)(2,1)})->bf16[8,128]{1,0}}
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[]{:T(256)} parameter(0)
+  %b = bf16[]{:T(256)} parameter(1)
+  ROOT %sum = bf16[]{:T(256)} add(%a, %b)
+}
+
+%transposed (p: bf16[1024,1024]) -> bf16[1024,1024] {
+  %p = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %t = bf16[1024,1024]{0,1:T(8,128)(2,1)} transpose(%p), dimensions={1,0}
+}
+
+%body (s: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %s = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %x = bf16[8,128]{1,0} get-tuple-element(%s), index=1
+  %one = bf16[8,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %two = bf16[8,128]{1,0} all-reduce(%one), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+  %three = bf16[8,128]{1,0} all-reduce(%two), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %r = (s32[], bf16[8,128]{1,0}) tuple(%i, %three)
+}
+
+%hidden (h: bf16[8,128]) -> bf16[8,1024] {
+  %h = bf16[8,128]{1,0} parameter(0)
+  ROOT %g = bf16[8,1024]{1,0} all-gather(%h), replica_groups=mesh['a'=2,'b'=4], dimensions={1}
+}
+
+ENTRY %main (w: bf16[1024,1024], x: bf16[8,128]) -> bf16[8,1024] {
+  %w = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %x.1 = bf16[8,128]{1,0} parameter(1)
+  %ahead = (bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
+  %relaid = bf16[1024,1024]{0,1:T(8,128)(2,1)} copy(%w)
+  %turned = bf16[1024,1024]{0,1:T(8,128)(2,1)} fusion(%w), kind=kLoop, calls=%transposed
+  %little = bf16[8,128]{0,1} copy(%x.1)
+  %c = (s32[], bf16[8,128]{1,0}) tuple(%x.1)
+  %loop = (s32[], bf16[8,128]{1,0}) while(%c), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %end = bf16[8,1024]{1,0} custom-call(%x.1), called_computations={%hidden}
+}
+"""
+
+
+def test_collectives_and_copies_are_read_from_a_program() -> None:
+    program = Program(TEXT)
+    assert program.collectives() == Counter(
+        {Collective("all-reduce", 2048, 4): 9, Collective("all-gather", 16384, 8): 1}
+    )
+    assert [each.split()[0] for each in program.copies(2**20)] == ["t", "relaid", "turned"]
+
+
+def test_bytes_on_the_wire() -> None:
+    assert Collective("all-reduce", 800, 8).wire == 1400
+    assert Collective("all-gather", 800, 8).wire == 700
+    assert Collective("reduce-scatter", 100, 8).wire == 700
+
+
+def planned(model: str, name: str, slots: int = 8, **settings: str) -> Plan:
+    return plan(PRESETS[model], topology(name), Workload(slots, 8192, 1), compiled=False, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_by_arithmetic() -> None:
+    """The 90B on eight chips: figures that follow by hand from its sizes."""
+    made = planned("90b", "v6e:2x4")
+    assert (made.source, made.fits, made.nearest) == ("arithmetic", True, None)
+    assert made.self_cache == 8 * 8192 * 80 * 2 * 128 * 2  # one of eight key/value heads
+    assert made.image_cache == pytest.approx(8 * 4 * 1608 * 20 * 2 * 128 * 2, rel=1e-3)
+    sent = {(kind, size): count for kind, size, _, count in made.programs["decode"].collectives}
+    assert sent == {("all-reduce", 131072): 200, ("all-gather", 131072): 1, ("all-gather", 8 * 128256 * 2): 1}
+    assert made.floor.bandwidth == pytest.approx(made.floor.read / 1638e9)
+    assert made.tokens_per_second == pytest.approx(8 / made.floor.seconds)
+
+
+@pytest.mark.parametrize("name", ["v6e:2x4", "v5e:4x4", "h200:2", "tpu7x:2x2x1"])
+def test_the_largest_number_of_slots_fits_and_one_more_does_not(name: str) -> None:
+    most = planned("90b", name).largest_slots
+    assert planned("90b", name, most).fits
+    assert not planned("90b", name, most + max(1, most // 50)).fits
+
+
+def test_what_does_not_fit_is_shown_a_slice_that_does() -> None:
+    for model, name in (("90b", "v6e:2x2"), ("90b", "h100:1"), ("11b", "v5e:1x1")):
+        made = planned(model, name)
+        assert not made.fits
+        assert made.nearest is not None
+        assert made.nearest.split(":")[0] == name.split(":")[0]
+        assert planned(model, made.nearest).fits
+
+
+def test_replicas_of_the_smallest_groups() -> None:
+    assert planned("11b", "v6e:2x4", preset="evaluate").mesh == {"data": 8, "kv": 1, "q": 1}
+    assert planned("90b", "v6e:4x4", 16, preset="evaluate").mesh == {"data": 2, "kv": 8, "q": 1}
+
+
+def test_several_slices_split_rows() -> None:
+    assert planned("90b", "2xv6e:4x4").mesh == {"data": 2, "kv": 8, "q": 2}
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["plan", "90b", "--topology", "v5p-8", "--arithmetic"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "v5p:2x2x1 (v5p-8): 4 chips, 4 devices" in text
+    assert "by arithmetic, nothing was compiled" in text
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mesh"] == {"data": 1, "kv": 4, "q": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["90b", "--topology", "v6e:3x3"], "topology 'v6e:3x3' is not known"),
+        (["90b", "--topology", "v6e-256", "--slots", "6"], "slots must be a multiple of the 4 parts .* got 6; take 8"),
+        (["90b", "--topology", "v6e-8", "--context", "200000"], "context must be at most the model's 131072"),
+        (["90b", "--topology", "v6e-8", "--slots", "0"], "slots must be at least 1, got 0"),
+        (["90b", "--topology", "v6e-8", "--preset", "fast"], "preset 'fast' is not known; known are serve"),
+        (["90b", "--topology", "v6e-8", "--group", "3"], "groups of 3 must divide"),
+        (["70b", "--topology", "v6e-8"], "70b: neither a directory nor one of 11b"),
+        (["90b", "--topology", "v6e-8", "--plot", "x.pdf"], "--plot must name a .png file"),
+    ],
+)
+def test_mistakes_cost_a_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments, "--arithmetic"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
