@@ -65,7 +65,7 @@ class Mllama:
         out = np.zeros((len(images), max(map(len, images), default=0), *shape), np.float32)
         flat = [image for row in images for image in row]
         if flat:
-            features = iter(np.asarray(self._encode(*preprocess(flat, vision)), np.float32))
+            features = iter(np.asarray(decode.on_host(self._encode(*preprocess(flat, vision))), np.float32))
             for b, row in enumerate(images):
                 for i in range(len(row)):
                     out[b, i] = next(features)
@@ -74,8 +74,8 @@ class Mllama:
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> np.ndarray:
         """Logits float32 [B, T, V] of every position of tokens int [B, T]."""
         rows, cross = self._prepare(*_rows(tokens, images))
-        logits = decode.all_logits(self.model, self.params, jnp.asarray(rows.tokens), cross)
-        return np.asarray(logits)[: len(tokens), : int(rows.lengths.max())]
+        logits = decode.all_logits(self.model, self.params, rows.tokens, cross)
+        return decode.on_host(logits)[: len(tokens), : int(rows.lengths.max())]
 
     def intermediates(self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> dict[str, np.ndarray]:
         """Every named intermediate, for comparison layer by layer.
@@ -89,7 +89,7 @@ class Mllama:
         found = {name: value[: len(tokens), : int(rows.lengths.max())] for name, value in found.items()}
         if rows.pixels is not None:
             found = decode.vision_intermediates(self.model, self.params, rows.pixels, rows.ratio_ids) | found
-        return {name: np.asarray(value, np.float32) for name, value in found.items()}
+        return {name: np.asarray(value, np.float32) for name, value in decode.on_host(found).items()}
 
     def generate_tokens(
         self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images, **settings: Any
@@ -168,7 +168,7 @@ class Mllama:
             raise InputError("the answer has no words, so there is nothing to show")
         rows, cross = self._prepare([prompt.tokens + tokens], [prompt.images])
         assert cross is not None
-        attention = np.asarray(decode.attention_to_tiles(self.model, self.params, jnp.asarray(rows.tokens), cross))[0]
+        attention = decode.on_host(decode.attention_to_tiles(self.model, self.params, rows.tokens, cross))[0]
         first = len(prompt.tokens) - 1
         of_words = np.stack([attention[[first + n for n in places]].mean(axis=0) for _, places in words])  # W M N
         heat, start = [], 0

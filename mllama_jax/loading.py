@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -22,10 +23,12 @@ from mllama_jax.convert.sources import Checkpoint, open_checkpoint
 from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel
+from mllama_jax.processes import agree
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
+from mllama_jax.sharding.mesh import make_mesh
 from mllama_jax.sharding.resolve import resolve
-from mllama_jax.sharding.rules import MeshAxes, Rules, preset_rules
+from mllama_jax.sharding.rules import MeshAxes, Rules, mesh_axes, preset_rules
 
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -46,7 +49,8 @@ def load(
         dtype: of the parameters and the computation; "float32" also means float32 products.
         mesh: to spread the parameters over, with the axes that the rules name (see `mllama_jax.sharding`), each process
             reading what its devices hold; the default device otherwise.
-        rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes.
+        rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes. Several
+            processes (see `mllama_jax.processes`) must all give the same of everything here, which is checked.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
 
     Raises:
@@ -60,6 +64,7 @@ def load(
     if verify:
         check(path)
     config = read_config(checkpoint)
+    agree(_facts(config, {"dtype": dtype, "rules": rules, "mesh": mesh and dict(mesh.shape)}))
     with _small_files(checkpoint) as directory:
         tokenizer, template = _tokenizer(directory, config), load_template(directory)
     model, wanted = MllamaModel(config, jnp.dtype(dtype)), None
@@ -69,6 +74,23 @@ def load(
         wanted = paths(resolve(config, placed, jnp.dtype(dtype)))
     params = load_parameters(parameters(checkpoint, config), _placer(jnp.dtype(dtype), wanted))
     return Mllama(model, params, tokenizer, template, Path(path))
+
+
+def preset_mesh(path: str | os.PathLike[str], preset: str = "serve") -> Mesh:
+    """The mesh on which a preset spreads a checkpoint's model over all devices. Raises InputError."""
+    config = read_config(open_checkpoint(path))
+    return make_mesh(mesh_axes(preset, config, jax.device_count()), jax.devices())
+
+
+def _facts(config: MllamaConfig, settings: Mapping[str, object]) -> dict[str, str]:
+    """What processes that load together must have alike, the configuration field by field."""
+    facts = {name: str(value) for name, value in settings.items()}
+    for part, value in dataclasses.asdict(config).items():
+        fields = (
+            {f"{part}.{name}": field for name, field in value.items()} if isinstance(value, dict) else {part: value}
+        )
+        facts |= {f"config {name}": str(field) for name, field in fields.items()}
+    return facts
 
 
 @contextmanager

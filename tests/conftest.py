@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,11 @@ SMALL = MllamaConfig(
 )  # fmt: skip
 
 
+SPREAD = dataclasses.replace(
+    SMALL, text=dataclasses.replace(SMALL.text, heads=8, kv_heads=4, layers=4, cross_layers=(1,))
+)
+
+
 @pytest.fixture(scope="session")
 def small_params() -> Params:
     """Random weights of SMALL with open gates, such that Meta's layout can hold them."""
@@ -39,6 +45,16 @@ def small_params() -> Params:
 def small_directory(small_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("small")
     write_hf(directory, small_params, SMALL, np.dtype("float32"))
+    tokenizer.write(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def spread_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight query heads of four key/value heads, which two mesh axes can split."""
+    directory = tmp_path_factory.mktemp("spread")
+    params = jax.device_get(jax.jit(lambda key: recipe.start(key, SPREAD))(jax.random.key(1)))
+    write_hf(directory, params, SPREAD, np.dtype("float32"))
     tokenizer.write(directory)
     return directory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -17,19 +16,13 @@ import pytest
 from flax import linen as nn
 
 from mllama_jax.config import PRESETS as MODELS
-from mllama_jax.convert.export import write_hf
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
 from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.rules import LOGICAL_AXES, PRESETS, mesh_axes, preset_rules
-from mllama_jax.train.pictures import recipe, tokenizer
 from tests.conftest import SMALL
 from tests.sharded import CASES
-
-SPREAD = dataclasses.replace(
-    SMALL, text=dataclasses.replace(SMALL.text, heads=8, kv_heads=4, layers=4, cross_layers=(1,))
-)
 
 
 def run(devices: int, *args: str) -> str:
@@ -44,16 +37,6 @@ def run(devices: int, *args: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def spread_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight query heads of four key/value heads, which two mesh axes can split."""
-    directory = tmp_path_factory.mktemp("spread")
-    params = jax.device_get(jax.jit(lambda key: recipe.start(key, SPREAD))(jax.random.key(1)))
-    write_hf(directory, params, SPREAD, np.dtype("float32"))
-    tokenizer.write(directory)
-    return directory
 
 
 @pytest.mark.parametrize("devices", CASES)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
+from jax.experimental import multihost_utils
 
 from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.attention import attention_weights, largest_divisor
@@ -57,6 +58,13 @@ class Made:
     logprob: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
+
+
+def on_host(tree: Any) -> Any:
+    """A tree of arrays that lie in one place, as NumPy: whole in every process, whoever's devices hold their parts."""
+    if jax.tree.leaves(tree)[0].is_fully_addressable:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames="model")

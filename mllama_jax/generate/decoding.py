@@ -44,7 +44,7 @@ class Decoding:
         self.state, first = decode.prefill(
             self.model, self.params, tokens, start, lengths, cache, self.cross, self.settings, top=self.top
         )
-        yield jax.tree.map(lambda x: np.asarray(x)[:, None], first), 1
+        yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), 1
         while not all(answer.finish_reason for answer in self.answers):
             ended = np.array(
                 [answer.finish_reason is not None for answer in self.answers]
@@ -53,4 +53,4 @@ class Decoding:
             self.state, block, columns = decode.decode(
                 self.model, self.params, state, self.cross, self.settings, steps=STEPS, top=self.top
             )
-            yield jax.device_get(block), int(columns)
+            yield decode.on_host(block), int(columns)

@@ -1,0 +1,289 @@
+"""Several processes that run one program: they meet, make sure that they agree, and leave when one of them is lost.
+
+JAX itself would wait: a collective hangs for as long as a peer is silent, and where JAX notices, its C++ layer ends the
+process in the middle of a log of its own. Here every process gives a sign of life each second and leaves with one line
+when another has given none for `SILENCE` seconds, or when a collective fails because its connection closed.
+
+    python -m mllama_jax.processes script.py ...
+
+runs a script of one's own as the commands with `--join` run: what JAX's C++ layer logs goes to a file, and where it ends
+the process, one line says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mllama_jax.errors import InputError
+
+BEAT = 1.0  # seconds between signs of life
+SILENCE = 15.0  # seconds without one after which a process counts as lost
+MEETING = int(os.environ.get("MLLAMA_MEETING", "300"))  # seconds to wait for all processes at the start
+ADVICE = "start all of them with the same coordinator, each with its own number"
+LOST = 4  # the exit code of a process that left because another was lost
+GONE = "another process is gone"
+PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # that change programs
+
+_LOG = "MLLAMA_JAX_LOG"  # names the log of a process that has an attendant, in its environment
+_COLLECTIVE = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+_rounds = itertools.count()
+
+
+def join(
+    coordinator: str | None = None,
+    process: int | None = None,
+    processes: int | None = None,
+    *,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Meet the other processes; from here on devices and collectives span all of them. Comes before any use of JAX.
+
+    Args:
+        coordinator: "host:port" of process 0. None of the three on a Cloud TPU slice or another cluster that JAX knows.
+        process: this process's number, from 0.
+        processes: how many there are.
+        facts: what must be the same in all of them beside versions and flags; see `agree`.
+
+    Raises:
+        InputError: the coordinator cannot be reached, not all processes came, or they are not alike.
+    """
+    import jax
+
+    if (coordinator, process, processes) != (None, None, None):
+        _check(coordinator, process, processes)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=MEETING,
+            heartbeat_timeout_seconds=100,  # JAX's own ends a process from C++; it is there for the case that ours fails
+            shutdown_timeout_seconds=30,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = coordinator or "of the environment"
+        raise InputError(f"coordinator {where}: cannot meet the other processes ({_short(error)}); {ADVICE}") from None
+    _Watch().start()
+    agree({**_versions(), **{name: os.environ.get(name, "") for name in FLAGS}, **(facts or {})})
+
+
+def join_by_name(where: str, facts: Mapping[str, str] | None = None) -> None:
+    """`join` as the commands' `--join` says: `auto`, or `HOST:PORT,PROCESS,PROCESSES`. Raises InputError."""
+    if where == "auto":
+        return join(facts=facts)
+    found = re.fullmatch(r"([^,]+),(\d+),(\d+)", where)
+    if not found:
+        raise InputError(f"--join: expected auto or HOST:PORT,PROCESS,PROCESSES (10.0.0.1:8476,0,4), got {where!r}")
+    return join(found[1], int(found[2]), int(found[3]), facts=facts)
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Make sure that all processes have the same facts; every one must call it. One process agrees with itself.
+
+    Raises:
+        InputError: they do not; it names each fact that differs, and who has which value.
+    """
+    client, me, n = _client(), *_place()
+    if client is None:
+        return
+    key = f"mllama/agree/{next(_rounds)}"
+    try:
+        client.key_value_set(f"{key}/{me}", json.dumps(dict(facts)))
+        everyone = [json.loads(client.blocking_key_value_get(f"{key}/{i}", 1000 * MEETING)) for i in range(n)]
+        client.wait_at_barrier(key.replace("/", "-"), 1000 * MEETING)  # nobody leaves before all have read
+    except RuntimeError as error:
+        raise InputError(f"the processes did not meet within {MEETING} s ({_short(error)}); {ADVICE}") from None
+    differ = []
+    for name in dict.fromkeys(name for each in everyone for name in each):
+        holders: dict[str, list[str]] = {}
+        for i, each in enumerate(everyone):
+            holders.setdefault(each.get(name) or "nothing", []).append(str(i))
+        if len(holders) > 1:
+            told = ", ".join(f"{value} in process {' and '.join(numbers)}" for value, numbers in holders.items())
+            differ.append(f"{name}: {told}")
+    if differ:
+        raise InputError(f"processes differ in {'; '.join(differ)}; start all of them alike")
+
+
+def leave(code: int, line: str = "") -> None:
+    """End this process at once, without waiting for the others, which notice by themselves."""
+    if line:
+        print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave at once when this block fails: JAX would wait for processes that wait for this one, or are gone.
+
+    With one process alone, errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _place()[1] == 1:
+            raise
+        if isinstance(error, InputError):
+            leave(2, str(error))
+        if _COLLECTIVE.match(str(error)):
+            leave(LOST, f"{GONE}, so this one leaves ({_short(error)})")
+        leave(1, traceback.format_exc().rstrip())
+
+
+def attend(command: Sequence[str]) -> int:
+    """Run `command`, what follows `python`, in a child and return its exit code.
+
+    All passes through but what JAX's C++ layer logs, which goes to a file; where that layer ends the child, one line
+    says so and names the file.
+    """
+    with tempfile.NamedTemporaryFile(prefix="mllama-jax-", suffix=".log", delete=False) as file:
+        log = Path(file.name)
+    child = subprocess.Popen([sys.executable, *command], env={**os.environ, _LOG: str(log)})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: child.send_signal(number))
+    code = child.wait()
+    words = log.read_text(errors="replace")
+    if code >= 0 or not words:
+        log.unlink()
+    if code >= 0:
+        return code
+    if code != -signal.SIGABRT:
+        print(
+            f"process ended by {signal.Signals(-code).name}{f'; JAX logged to {log}' if words else ''}", file=sys.stderr
+        )
+        return 128 - code
+    if "RegisterTask" in words or "DEADLINE_EXCEEDED: Barrier timed out" in words:
+        print(f"the processes did not meet within {MEETING} s; {ADVICE}; JAX logged to {log}", file=sys.stderr)
+        return 2
+    print(f"{GONE}, so this one left; JAX logged to {log}", file=sys.stderr)
+    return LOST
+
+
+def attended() -> bool:
+    """Whether an attendant started this process; what C++ prints goes to its log from here on."""
+    if (log := os.environ.pop(_LOG, None)) is None:
+        return False
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    with open(log, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    return True
+
+
+def _check(coordinator: str | None, process: int | None, processes: int | None) -> None:
+    if coordinator is None or process is None or processes is None:
+        raise InputError("join takes coordinator, process and processes together, or none of them")
+    if not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise InputError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if not 0 <= process < processes:
+        raise InputError(f"process must be 0 to {processes - 1} of {processes} processes, got {process}")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from its folder
+            found[package] = "not installed"
+    return found
+
+
+def _client() -> Any:
+    """The key-value store that all processes share, None for one process alone; JAX has no public name for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return (state.process_id or 0, state.num_processes or 1)
+
+
+class _Watch:
+    """Gives signs of life through the shared store and watches those of the others.
+
+    Asking the store may hang with the process that holds it, so another thread looks at the clock.
+    """
+
+    def __init__(self) -> None:
+        self.me, self.n = _place()
+        self.seen = dict.fromkeys((i for i in range(self.n) if i != self.me), time.monotonic())
+        self.answered = time.monotonic()  # when the store last answered
+
+    def start(self) -> None:
+        for run in (self._beat, self._look):
+            threading.Thread(target=run, daemon=True).start()
+
+    def _beat(self) -> None:
+        client, last = _client(), {}
+        for count in itertools.count():
+            try:
+                client.key_value_set(f"mllama/alive/{self.me}", str(count), allow_overwrite=True)
+                signs = dict(client.key_value_dir_get("mllama/alive/"))
+            except Exception:  # the store is gone or going: the clock decides
+                signs = {}
+            now = time.monotonic()
+            for key, value in signs.items():
+                i = int(key.rpartition("/")[2])
+                if i != self.me and last.get(i) != value:
+                    last[i], self.seen[i] = value, now
+            if signs:
+                self.answered = now
+            time.sleep(BEAT)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(BEAT)
+            now = time.monotonic()
+            silent = [i for i, when in self.seen.items() if now - when > SILENCE]
+            if now - self.answered > SILENCE:
+                silent = [0]  # it holds the store
+            if silent:
+                names = ", ".join(map(str, silent))
+                leave(LOST, f"process {names} gave no sign of life for {SILENCE:.0f} s, so process {self.me} leaves")
+
+
+def main() -> None:
+    """Run a script with its arguments in this process, which an attendant watches."""
+    import runpy
+
+    if len(sys.argv) < 2:
+        sys.exit("python -m mllama_jax.processes: expected a script and its arguments")
+    if not attended():
+        sys.exit(attend(["-m", "mllama_jax.processes", *sys.argv[1:]]))
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    with leaving():
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
