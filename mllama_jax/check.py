@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mllama_jax import load
 from mllama_jax.cli import SHIPPED
+from mllama_jax.config import PRESETS, MllamaConfig
+from mllama_jax.convert.apply import read_config
+from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.demo import ask, questions
+from mllama_jax.generate import decode
+from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.attention import attention, attention_weights
+from mllama_jax.processes import versions
+from mllama_jax.sharding.fit_table import shallow
+from mllama_jax.sharding.mesh import Topology, make_mesh, topology_of
+from mllama_jax.sharding.programs import STEPS, Programs, Workload
+from mllama_jax.sharding.roofline import expected_collectives, floor
+from mllama_jax.sharding.rules import mesh_axes, preset_rules
 
 GOLDENS = Path(__file__).parent / "assets" / "check.npz"
 STRIDE = 97  # of the features that are kept there
@@ -37,23 +48,38 @@ class Finding:
         return bool(self.measured <= self.limit)  # not so for NaN
 
 
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How fast decode steps are on all devices together, random weights.
+
+    Attributes:
+        model: whose shapes.
+        milliseconds: of a step of `rows` rows, the best of a few dispatches.
+        floor: below what it cannot be by the planner, milliseconds; None where it knows not this kind of device.
+    """
+
+    model: str
+    rows: int
+    milliseconds: float
+    floor: float | None
+
+    def describe(self) -> str:
+        """The pace as a line."""
+        told = f"decode: {self.milliseconds:.2f} ms a step of {self.rows} rows {self.model}; "
+        if self.floor is None:
+            return told + "no floor: the planner does not know these devices"
+        return told + f"the plan's floor is {self.floor:.2f} ms, {self.floor / self.milliseconds:.0%} of it"
+
+
 def environment() -> dict[str, Any]:
     """What a reader of the report needs to know of the machine."""
     device = jax.devices()[0]
     return {
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
-        **{package: _version(package) for package in ("mllama-jax", "jax", "jaxlib", "flax", "numpy")},
-        "python": platform.python_version(),
+        **versions(),
         "system": platform.platform(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from its folder
-        return "not installed"
 
 
 def findings() -> Iterator[Finding]:
@@ -62,6 +88,35 @@ def findings() -> Iterator[Finding]:
     yield from attentions()
     for dtype in LIMITS:
         yield from parity(dtype)
+
+
+def pace() -> Pace:
+    """Time decode steps: of 10 of the 11B's 40 layers where the planner knows the devices, else of what ships."""
+    place = topology_of(jax.devices())
+    if place is None:
+        return timed(read_config(open_checkpoint(SHIPPED)), "of the checkpoint that ships", None)
+    return timed(shallow(PRESETS["11b-instruct"], 10), "of 10 of the 11B's 40 layers", place)
+
+
+def timed(config: MllamaConfig, name: str, place: Topology | None) -> Pace:
+    """The pace of a model's decode steps in bfloat16: eight rows or more of a thousand positions and a picture each."""
+    axes = mesh_axes("serve", config, jax.device_count())
+    programs = Programs(config, preset_rules("serve", config, make_mesh(axes, jax.devices())))
+    load = Workload(8 * axes["data"], min(1024, config.text.context), 1)
+    abstract = programs.decode_arguments(load)
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    fill = jax.jit(lambda: jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), abstract), out_shardings=places)
+    params, state, cross = fill()
+    endless = SamplingParams(max_new_tokens=2**30, stop_ids=())
+    settings = Settings.of([endless] * load.slots, [[]] * load.slots, (), config.text.vocab)
+    seconds = []
+    for _ in range(4):  # the first compiles
+        start = time.perf_counter()
+        state, made, _ = decode.decode(programs.model, params, state, cross, settings, steps=STEPS, top=0)
+        decode.on_host(made)
+        seconds.append(time.perf_counter() - start)
+    limits = floor(place, programs, load, expected_collectives(programs, load)).seconds if place else None
+    return Pace(name, load.slots, 1e3 * min(seconds[1:]) / STEPS, limits and 1e3 * limits)
 
 
 def parity(dtype: str) -> Iterator[Finding]:

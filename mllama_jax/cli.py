@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mllama_jax import planner
 from mllama_jax.convert.command import add_commands
 from mllama_jax.errors import InputError
+from mllama_jax.processes import attend, attended, join_by_name, leaving
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
@@ -25,8 +26,11 @@ SHIPPED = Path(__file__).parent / "assets" / "pictures-4m"
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if getattr(args, "join", None) is not None and not attended():
+        return attend(["-m", "mllama_jax.cli", *(sys.argv[1:] if argv is None else argv)])
     try:
-        return args.run(args) or 0
+        with leaving():
+            return args.run(args) or 0
     except InputError as error:
         print(f"mllama {args.command}: {error}", file=sys.stderr)
         return 2
@@ -73,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="compare this machine with what Meta's code computes")
     check.set_defaults(run=_check)
+
+    for command in (generate, chat):
+        command.add_argument(
+            "--preset", help="spread the model over all devices: serve, evaluate, long-context, fsdp, fsdp+tensor"
+        )
+    for command in (generate, check):
+        command.add_argument(
+            "--join", metavar="auto|HOST:PORT,PROCESS,PROCESSES", help="be one of the processes of a slice or cluster"
+        )
 
     add_commands(commands)
     planner.add_parser(commands)
@@ -121,11 +134,28 @@ def _load(args: argparse.Namespace) -> Mllama:
         import jax
 
         from mllama_jax import load
+        from mllama_jax.loading import preset_mesh
 
         use_compilation_cache()
         args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        preset = args.preset or ("serve" if jax.process_count() > 1 else None)
     with _stage(f"loading {args.model}"):
-        return load(args.model, dtype=args.dtype)
+        if preset is None:
+            return load(args.model, dtype=args.dtype)
+        return load(args.model, dtype=args.dtype, mesh=preset_mesh(args.model, preset), rules=preset)
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Become one of the processes that `--join` means, all given the same arguments."""
+    if args.join is not None:
+        arguments = {name: str(value) for name, value in vars(args).items() if name not in ("join", "run")}
+        join_by_name(args.join, arguments)
+
+
+def _not_first() -> bool:
+    import jax
+
+    return jax.process_index() > 0
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -143,7 +173,10 @@ def _generate(args: argparse.Namespace) -> None:
         _check_look(args.look, args.image)
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
+    _join(args)
     model = _load(args)
+    if _not_first():  # the first process speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
         completion = model.generate([conversation], **sampling)[0]
@@ -196,8 +229,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     """Exit code 1 where a comparison is beyond its limit."""
-    from mllama_jax.check import environment, findings
+    from mllama_jax.check import environment, findings, pace
 
+    _join(args)
     where, found = environment(), []
     if not args.json:
         print("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n")
@@ -205,12 +239,14 @@ def _check(args: argparse.Namespace) -> int:
         found.append(each)
         if not args.json:
             print(f"{'ok  ' if each.ok else 'BAD '} {each.measured:<8.2g} of {each.limit:<6g} {each.name}", flush=True)
+    decode = pace()
     if args.json:
-        print(json.dumps({**where, "findings": [{**dataclasses.asdict(each), "ok": each.ok} for each in found]}))
+        every = [{**dataclasses.asdict(each), "ok": each.ok} for each in found]
+        print(json.dumps({**where, "findings": every, "decode": dataclasses.asdict(decode)}))
     bad = sum(not each.ok for each in found)
     if not args.json:
         told = f"{bad} beyond its limit: please report all of the above" if bad else "all within their limits"
-        print(f"\n{len(found)} comparisons, {told}")
+        print(f"\n{decode.describe()}\n{len(found)} comparisons, {told}")
     return int(bad > 0)
 
 

@@ -6,8 +6,8 @@ when another has given none for `SILENCE` seconds, or when a collective fails be
 
     python -m mllama_jax.processes script.py ...
 
-runs a script of one's own as the commands with `--join` run: what JAX's C++ layer logs goes to a file, and where it ends
-the process, one line says so.
+runs a script of one's own as commands with `--join` run: what JAX's C++ layer logs goes to a file, and where that layer
+ends the process, one line says so.
 """
 
 from __future__ import annotations
@@ -68,24 +68,24 @@ def join(
 
     if (coordinator, process, processes) != (None, None, None):
         _check(coordinator, process, processes)
-    try:
+    try:  # JAX's own heartbeat ends a process from C++; it is there for the case that ours fails
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
             initialization_timeout=MEETING,
-            heartbeat_timeout_seconds=100,  # JAX's own ends a process from C++; it is there for the case that ours fails
+            heartbeat_timeout_seconds=100,
             shutdown_timeout_seconds=30,
         )
     except (RuntimeError, ValueError) as error:
         where = coordinator or "of the environment"
         raise InputError(f"coordinator {where}: cannot meet the other processes ({_short(error)}); {ADVICE}") from None
     _Watch().start()
-    agree({**_versions(), **{name: os.environ.get(name, "") for name in FLAGS}, **(facts or {})})
+    agree({**versions(), **{name: os.environ.get(name, "") for name in FLAGS}, **(facts or {})})
 
 
-def join_by_name(where: str, facts: Mapping[str, str] | None = None) -> None:
-    """`join` as the commands' `--join` says: `auto`, or `HOST:PORT,PROCESS,PROCESSES`. Raises InputError."""
+def join_by_name(where: str, facts: Mapping[str, str]) -> None:
+    """`join` as the commands' `--join` says: `auto`, or `HOST:PORT,PROCESS,PROCESSES`; raises InputError."""
     if where == "auto":
         return join(facts=facts)
     found = re.fullmatch(r"([^,]+),(\d+),(\d+)", where)
@@ -202,7 +202,8 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what is computed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

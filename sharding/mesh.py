@@ -30,6 +30,7 @@ class Chip:
         devices: JAX devices a chip.
         cores: what Cloud names count a chip as: `v5p-8` has four chips of two cores.
         shapes: the slices there are, chips along each physical axis.
+        kinds: what JAX calls a device of it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Chip:
     link: float
     shapes: tuple[tuple[int, ...], ...]
     cloud: str
+    kinds: tuple[str, ...]
     hop: float = 1e-6
     devices: int = 1
     cores: int = 1
@@ -56,12 +58,12 @@ _HOST = _shapes("1 2 4 8")
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 15.75 * GIB, 819e9, 197e12, 200e9, _FLAT, "v5litepod"),
-        Chip("v6e", 31.24 * GIB, 1638e9, 918e12, 400e9, _FLAT, "v6e"),
-        Chip("v5p", 95.73 * GIB, 2765e9, 459e12, 600e9, _CUBE, "v5p", cores=2),
-        Chip("tpu7x", 94.74 * GIB, 3690e9, 1153.5e12, 300e9, _CUBE, "tpu7x", devices=2, cores=2),
-        Chip("h100", 76 * GIB, 3350e9, 989e12, 450e9, _HOST, "a3-highgpu", platform="gpu"),
-        Chip("h200", 137 * GIB, 4800e9, 989e12, 450e9, _HOST, "a3-ultragpu", platform="gpu"),
+        Chip("v5e", 15.75 * GIB, 819e9, 197e12, 200e9, _FLAT, "v5litepod", ("TPU v5 lite", "TPU v5e")),
+        Chip("v6e", 31.24 * GIB, 1638e9, 918e12, 400e9, _FLAT, "v6e", ("TPU v6 lite", "TPU v6e")),
+        Chip("v5p", 95.73 * GIB, 2765e9, 459e12, 600e9, _CUBE, "v5p", ("TPU v5", "TPU v5p"), cores=2),
+        Chip("tpu7x", 94.74 * GIB, 3690e9, 1153.5e12, 300e9, _CUBE, "tpu7x", ("TPU7x", "TPU v7x"), devices=2, cores=2),
+        Chip("h100", 76 * GIB, 3350e9, 989e12, 450e9, _HOST, "a3-highgpu", ("NVIDIA H100 80GB HBM3",), platform="gpu"),
+        Chip("h200", 137 * GIB, 4800e9, 989e12, 450e9, _HOST, "a3-ultragpu", ("NVIDIA H200",), platform="gpu"),
     )
 }
 
@@ -130,6 +132,15 @@ def topology(name: str) -> Topology:
                     return Topology(chip, shape, slices)
     known = "; ".join(f"{c.name}:{{{','.join('x'.join(map(str, s)) for s in c.shapes)}}}" for c in CHIPS.values())
     raise InputError(f"topology {name!r} is not known; known are {known}, their Cloud names (v6e-8), 2xNAME for slices")
+
+
+def topology_of(devices: Sequence[Any]) -> Topology | None:
+    """The slice or host that these devices are, where its chips are known."""
+    for chip in CHIPS.values():
+        if devices[0].device_kind in chip.kinds:
+            shapes = [shape for shape in chip.shapes if math.prod(shape) * chip.devices == len(devices)]
+            return Topology(chip, shapes[0]) if shapes else None
+    return None
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:

@@ -18,7 +18,7 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
-from mllama_jax.model.mllama import MllamaModel
+from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.sharding.hlo import Collective, Program
 from mllama_jax.sharding.resolve import check_axis, resolve
 from mllama_jax.sharding.rules import Rules
@@ -74,14 +74,16 @@ class Programs:
 
     def decode(self, load: Workload) -> jax.stages.Lowered:
         """A dispatch of decode steps of all slots."""
-        row = self._array((load.slots,), jnp.int32, "batch")
-        state = decode.State(
-            self.cache(load.slots, load.context), row, row, row, self._array((load.slots,), bool, "batch"), None
-        )
-        cross = self.cross(load.slots, load.images)
         return decode.decode.lower(
-            self.model, self.params, state, cross, self._settings(load.slots), steps=STEPS, top=0
+            self.model, *self.decode_arguments(load), self._settings(load.slots), steps=STEPS, top=0
         )
+
+    def decode_arguments(self, load: Workload) -> tuple[Params, decode.State, CrossCache | None]:
+        """What a dispatch of decode steps takes: parameters, where each row stands, and image caches."""
+        row = self._array((load.slots,), jnp.int32, "batch")
+        cache, done = self.cache(load.slots, load.context), self._array((load.slots,), bool, "batch")
+        state = decode.State(cache, row, row, row, done, None)
+        return self.params, state, self.cross(load.slots, load.images)
 
     def prefill(self, load: Workload) -> jax.stages.Lowered:
         """Reading as few whole prompts of `context` tokens as the mesh allows: one for each part of the batch."""

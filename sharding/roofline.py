@@ -41,7 +41,7 @@ class Floor:
 def floor(topology: Topology, programs: Programs, load: Workload, collectives: Counter[Collective]) -> Floor:
     """The floors of one decode step in which every cache is full."""
     chip, text, rules = topology.chip, programs.config.text, programs.rules
-    weights = device_bytes(decode_weights(programs))
+    weights = device_bytes(decode_weights(programs, load))
     caches = device_bytes((programs.cache(load.slots, load.context), programs.cross(load.slots, load.images)))
     rows = load.slots / rules.parts("batch")
     seen = load.context * len(text.self_layers)
@@ -60,12 +60,18 @@ def floor(topology: Topology, programs: Programs, load: Workload, collectives: C
     )
 
 
-def decode_weights(programs: Programs) -> Any:
-    """The parameters that a decode step reads whole: not the embedding, nor what only makes image caches."""
+def decode_weights(programs: Programs, load: Workload) -> Any:
+    """The parameters that a decode step reads whole: not the embedding, nor what only makes image caches.
+
+    Without pictures cross-attention layers are skipped.
+    """
     text = dict(programs.params["text"])
     if not programs.config.text.tied:
         del text["embedding"]
     for i in programs.config.text.cross_layers:
+        if not load.images:
+            del text[f"layers_{i}"]
+            continue
         layer = dict(text[f"layers_{i}"])
         layer["attention"] = {name: leaf for name, leaf in layer["attention"].items() if name != "kv"}
         text[f"layers_{i}"] = layer

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
 
 from mllama_jax import check
 from mllama_jax.cli import main
+from mllama_jax.sharding.mesh import topology
+from tests.conftest import SMALL
 
 
 def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,12 +20,23 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["processes"] == 1
     assert len(report["findings"]) == 15
     assert all(each["ok"] for each in report["findings"])
+    assert report["decode"]["milliseconds"] > 0
+    assert report["decode"]["floor"] is None  # of a CPU the planner knows nothing
+
+
+def test_decode_stands_beside_its_floor() -> None:
+    found = check.timed(SMALL, "of a toy", topology("v6e:1x1"))
+    assert found.floor is not None
+    assert 0 < found.floor < found.milliseconds
+    assert re.fullmatch(r"decode: [\d.]+ ms a step of 8 rows of a toy; the plan's floor is [\d.]+ ms, \d+% of it",
+                        found.describe())  # fmt: skip
 
 
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = check.attention
     monkeypatch.setattr(check, "attention", lambda q, k, v, *seen: right(q, k, v, *seen) * jnp.asarray(1.1, v.dtype))
     monkeypatch.setattr(check, "parity", lambda dtype: iter(()))
+    monkeypatch.setattr(check, "pace", lambda: check.Pace("of nothing", 8, 1.0, None))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
     assert out.count("BAD") == 6

@@ -1,4 +1,4 @@
-"""Real processes on loopback: together they are one model; what is lost is noticed, told in a line, and nothing hangs."""
+"""Real processes on loopback: together they are one model; what is lost is told in a line, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def start() -> Iterator[Start]:
         count: int = 0,
         devices: int = 1,
         second: Mapping[str, str] | None = None,
-        **all_of_them: str,
+        **environment: str,
     ) -> list[subprocess.Popen[str]]:
         coordinator = f"127.0.0.1:{free_port()}"
         flags = f"--xla_force_host_platform_device_count={devices}"
@@ -61,7 +61,7 @@ def start() -> Iterator[Start]:
                     stderr=subprocess.PIPE,
                     text=True,
                     cwd=ROOT,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **all_of_them, **own},
+                    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment, **own},
                 )
             )
         return everyone[-len(each) :]
@@ -129,6 +129,28 @@ def refusals(everyone: Sequence[subprocess.Popen[str]]) -> set[str]:
     return errors
 
 
+def test_the_first_process_speaks_for_all(small_directory: Path) -> None:
+    """`mllama generate --join` in two processes prints what it prints in one, once."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    command = ["generate", "--model", str(small_directory), "--max-new-tokens", "4", "Hello"]
+    printed = []
+    for joins in ([[]], [["--join", f"{coordinator},{number},2"] for number in (0, 1)]):
+        everyone = [
+            subprocess.Popen(
+                [sys.executable, "-m", "mllama_jax.cli", *command, *join],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            )
+            for join in joins
+        ]
+        ended = [process.communicate(timeout=240) for process in everyone]
+        assert [error for _, error in ended] == [""] * len(joins)
+        printed.append([out for out, _ in ended])
+    assert printed[1] == [printed[0][0], ""]
+
+
 def test_processes_that_differ_are_told_apart(start: Start, tmp_path: Path) -> None:
     """In the second of three flags differ and flax, as if another image had been rolled out to a part of a slice."""
     other = tmp_path / "flax-0.0.1.dist-info"
@@ -176,4 +198,4 @@ def test_nobody_else_comes(number: int, start: Start) -> None:
 )
 def test_places_that_cannot_be_are_refused(where: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        processes.join_by_name(where)
+        processes.join_by_name(where, {})
