@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent / "assets" / "pictures-4m"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if getattr(args, "join", None) is not None and not attended():
         return attend(["-m", "mllama_jax.cli", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists what it takes\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mllama", description="Llama 3.2 Vision in JAX")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     for command in (generate, chat):
-        command.add_argument("--model", type=Path, default=SHIPPED, help="checkpoint directory (default: what ships)")
+        command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
