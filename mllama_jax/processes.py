@@ -3,11 +3,6 @@
 JAX itself would wait: a collective hangs for as long as a peer is silent, and where JAX notices, its C++ layer ends the
 process in the middle of a log of its own. Here every process gives a sign of life each second and leaves with one line
 when another has given none for `SILENCE` seconds, or when a collective fails because its connection closed.
-
-    python -m mllama_jax.processes script.py ...
-
-runs a script of one's own as commands with `--join` run: what JAX's C++ layer logs goes to a file, and where that layer
-ends the process, one line says so.
 """
 
 from __future__ import annotations
@@ -18,6 +13,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,6 +64,8 @@ def join(
 
     if (coordinator, process, processes) != (None, None, None):
         _check(coordinator, process, processes)
+    if coordinator is not None and process:
+        _reach(coordinator)
     try:  # JAX's own heartbeat ends a process from C++; it is there for the case that ours fails
         jax.distributed.initialize(
             coordinator,
@@ -198,6 +196,21 @@ def _check(coordinator: str | None, process: int | None, processes: int | None) 
         raise InputError(f"process must be 0 to {processes - 1} of {processes} processes, got {process}")
 
 
+def _reach(coordinator: str) -> None:
+    """Wait until somebody listens there: where nobody does, JAX ends the process from C++."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + MEETING
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise InputError(
+                    f"coordinator {coordinator}: cannot be reached within {MEETING} s ({_short(error)}); {ADVICE}"
+                ) from None
+        time.sleep(0.2)
+
+
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
@@ -270,21 +283,3 @@ class _Watch:
             if silent:
                 names = ", ".join(map(str, silent))
                 leave(LOST, f"process {names} gave no sign of life for {SILENCE:.0f} s, so process {self.me} leaves")
-
-
-def main() -> None:
-    """Run a script with its arguments in this process, which an attendant watches."""
-    import runpy
-
-    if len(sys.argv) < 2:
-        sys.exit("python -m mllama_jax.processes: expected a script and its arguments")
-    if not attended():
-        sys.exit(attend(["-m", "mllama_jax.processes", *sys.argv[1:]]))
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    with leaving():
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,11 @@
 """One of several processes that meet; run by test_processes.py.
 
-python -m tests.process COORDINATOR NUMBER COUNT add FLAG                 agree on FLAG, add numbers up until killed
-python -m tests.process COORDINATOR NUMBER COUNT model DIRECTORY KV SAVED TARGET
-                                  load on a mesh of KV groups of key/value heads, take weights from SAVED if it is
+python -m mllama_jax.run tests/process.py COORDINATOR NUMBER COUNT ...
+
+add FLAG                          agree on FLAG, add numbers up until killed
+load DIRECTORY DTYPE              load
+model DIRECTORY KV SAVED TARGET   load on a mesh of KV groups of key/value heads, take weights from SAVED if it is
                                   there, generate, save to TARGET
-python -m tests.process COORDINATOR NUMBER COUNT load DIRECTORY DTYPE     load
 """
 
 from __future__ import annotations
@@ -80,12 +81,9 @@ def load(directory: str, dtype: str) -> None:
 
 
 def main(coordinator: str, number: str, count: str, what: str, *args: str) -> None:
-    with processes.leaving():
-        processes.join(coordinator, int(number), int(count), facts={"flags": args[0]} if what == "add" else None)
-        {"add": lambda _: add(), "model": model, "load": load}[what](*args)
+    processes.join(coordinator, int(number), int(count), facts={"flags": args[0]} if what == "add" else None)
+    {"add": lambda _: add(), "model": model, "load": load}[what](*args)
 
 
 if __name__ == "__main__":
-    if not processes.attended():
-        sys.exit(processes.attend(["-m", "tests.process", *sys.argv[1:]]))
     main(*sys.argv[1:])

@@ -42,6 +42,16 @@ def photo(tmp_path: Path, picture: Callable[..., Image.Image]) -> Path:
     return tmp_path / "photo.png"
 
 
+def test_presets_spread_a_model_over_all_devices(run: Run, small_directory: Path) -> None:
+    command = ("generate", "--model", small_directory, "--max-new-tokens", 4, "Hello")
+    assert run(*command, "--preset", "serve") == run(*command)
+    code, _, err = run(*command, "--preset", "fast")
+    assert code == 2
+    assert err == (
+        "mllama generate: preset 'fast' is not known; known are serve, long-context, evaluate, fsdp, fsdp+tensor\n"
+    )
+
+
 def test_generate(run: Run, small_directory: Path, photo: Path) -> None:
     common = ("generate", "--model", small_directory, "--image", photo, "--max-new-tokens", 6, "What is it?")
     code, out, _ = run(*common)

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mllama_jax.cli import main
 from mllama_jax.config import PRESETS
@@ -92,6 +93,16 @@ def test_by_arithmetic() -> None:
     assert made.tokens_per_second == pytest.approx(8 / made.floor.seconds)
 
 
+def test_text_alone_reads_no_cross_attention() -> None:
+    with_pictures, without = (
+        plan(PRESETS["90b"], topology("v6e:2x4"), Workload(8, 8192, images), compiled=False).floor.read
+        for images in (1, 0)
+    )
+    layer = 2 * 8192 * 8192 + 3 * 8192 * 28672  # query and output kernels, the MLP's three
+    caches = planned("90b", "v6e:2x4").image_cache
+    assert with_pictures - without == pytest.approx(20 * 2 * layer / 8 + caches, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["v6e:2x4", "v5e:4x4", "h200:2", "tpu7x:2x2x1"])
 def test_the_largest_number_of_slots_fits_and_one_more_does_not(name: str) -> None:
     most = planned("90b", name).largest_slots
@@ -125,6 +136,9 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "by arithmetic, nothing was compiled" in text
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mesh"] == {"data": 1, "kv": 4, "q": 1}
+    assert main([*command, "--plot", str(tmp_path / "plan.png")]) == 0
+    with Image.open(tmp_path / "plan.png") as drawn:
+        assert len(drawn.convert("RGB").getcolors(2**20) or ()) > 8  # axes, bars of several colours
 
 
 @pytest.mark.parametrize(

@@ -50,18 +50,19 @@ def start() -> Iterator[Start]:
         **environment: str,
     ) -> list[subprocess.Popen[str]]:
         coordinator = f"127.0.0.1:{free_port()}"
+        path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         flags = f"--xla_force_host_platform_device_count={devices}"
         for number, args in enumerate(each):
             own = (second or {}) if number == 1 else {}
             command = [coordinator, str(number), str(count or len(each)), *args]
             everyone.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.process", *command],
+                    [sys.executable, "-m", "mllama_jax.run", "tests/process.py", *command],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
                     cwd=ROOT,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment, **own},
+                    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **path, **environment, **own},
                 )
             )
         return everyone[-len(each) :]
@@ -129,8 +130,8 @@ def refusals(everyone: Sequence[subprocess.Popen[str]]) -> set[str]:
     return errors
 
 
-def test_the_first_process_speaks_for_all(small_directory: Path) -> None:
-    """`mllama generate --join` in two processes prints what it prints in one, once."""
+def test_the_first_process_speaks_for_all(small_directory: Path, tmp_path: Path) -> None:
+    """`mllama generate --join` in two processes prints what it prints in one, once; programs are kept for next time."""
     coordinator = f"127.0.0.1:{free_port()}"
     command = ["generate", "--model", str(small_directory), "--max-new-tokens", "4", "Hello"]
     printed = []
@@ -141,7 +142,7 @@ def test_the_first_process_speaks_for_all(small_directory: Path) -> None:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)},
             )
             for join in joins
         ]
@@ -149,6 +150,7 @@ def test_the_first_process_speaks_for_all(small_directory: Path) -> None:
         assert [error for _, error in ended] == [""] * len(joins)
         printed.append([out for out, _ in ended])
     assert printed[1] == [printed[0][0], ""]
+    assert any((tmp_path / "mllama-jax").iterdir())
 
 
 def test_processes_that_differ_are_told_apart(start: Start, tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_processes_that_differ_are_told_apart(start: Start, tmp_path: Path) -> N
     other = tmp_path / "flax-0.0.1.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: flax\nVersion: 0.0.1\n")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     second = {"PYTHONPATH": path, "XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}
     (error,) = refusals(start(*[["add", flag] for flag in "aba"], second=second))
     assert error == (
@@ -175,17 +177,20 @@ def test_models_that_differ_are_told_apart(small_directory: Path, spread_directo
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_nobody_else_comes(number: int, start: Start) -> None:
-    """The coordinator waits for another process; another process finds no coordinator."""
-    everyone = start(*[["add", "a"]] * (number + 1), count=2, MLLAMA_MEETING="3")
-    if number:
-        everyone[0].kill()
-    alone = everyone[number]
+def test_nobody_else_comes(start: Start) -> None:
+    (alone,) = start(["add", "a"], count=2, MLLAMA_MEETING="3")
     error = alone.communicate(timeout=60)[1]
     assert alone.returncode == 2
     assert error.count("\n") == 1
-    assert "start all of them with the same coordinator, each with its own number" in error
+    assert error.startswith("the processes did not meet within 3 s; start all of them with the same coordinator, each")
+
+
+def test_a_coordinator_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MEETING", 1)
+    with pytest.raises(
+        InputError, match=r"coordinator 127.0.0.1:\d+: cannot be reached within 1 s \(.*refused\); start"
+    ):
+        processes.join(f"127.0.0.1:{free_port()}", 1, 2)
 
 
 @pytest.mark.parametrize(
