@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ def test_the_command_is_one_of_ours(manifest: dict[str, Any]) -> None:
     assert args.model == "gs://BUCKET/90b"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in job(manifest)["template"]["spec"]["volumes"]}
+
+
+def test_the_readme_gives_commands_of_ours() -> None:
+    commands = re.findall(r"mllama (?:check|generate) --join auto[^\"\n]*", (ROOT / "README.md").read_text())
+    assert len(commands) == 2
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)[1:]).join == "auto"
 
 
 def test_the_image_holds_the_package() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -191,6 +192,24 @@ def test_a_coordinator_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -
         InputError, match=r"coordinator 127.0.0.1:\d+: cannot be reached within 1 s \(.*refused\); start"
     ):
         processes.join(f"127.0.0.1:{free_port()}", 1, 2)
+
+
+def test_the_readme_script_joins_and_loads(small_directory: Path, tmp_path: Path) -> None:
+    (script,) = re.findall(
+        r"```\n(from mllama_jax [^`]*processes\.join\(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    script = script.replace("join() ", f'join("127.0.0.1:{free_port()}", 0, 1) ').replace(
+        "gs://bucket/90b", str(small_directory)
+    )
+    (tmp_path / "script.py").write_text(script + "print(model.config.text.layers)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mllama_jax.run", str(tmp_path / "script.py")],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n", "")
 
 
 @pytest.mark.parametrize(
