@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.files import read_json
 from mllama_jax.convert.run import convert
-from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import abstract_parameters
 
 POINTS = 20
@@ -30,14 +30,12 @@ def fork(work: Callable[[], object]) -> int:
     """A child that does `work`; its status is 0 if it could."""
     child = os.fork()
     if child == 0:
-        status = 1
         try:
             work()
-            status = 0
-        except InputError:
-            pass
-        finally:
-            os._exit(status)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return child
 
 
