@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.files import read_json
 from mllama_jax.convert.run import convert
@@ -98,6 +100,7 @@ def main(source: Path, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "os.fork")  # JAX has traced in this process, and nothing else
+    warnings.filterwarnings("ignore", "os.fork")
+    jax.default_backend = lambda: "cpu"  # traced without starting a backend, whose threads a fork would leave behind
     abstract_parameters(MllamaConfig.from_hf(read_json(Path(sys.argv[1], "config.json"))))
     main(Path(sys.argv[1]), Path(sys.argv[2]))
