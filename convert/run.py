@@ -21,7 +21,7 @@ from mllama_jax.convert.export import hf_files, meta_params
 from mllama_jax.convert.files import LazyArray, nbytes
 from mllama_jax.convert.hub import local
 from mllama_jax.convert.manifest import DTYPES, EXTRA, digest_of
-from mllama_jax.convert.model import CARRIED, Model, read_model
+from mllama_jax.convert.model import Model, read_model
 from mllama_jax.convert.orbax import write_arrays, write_index
 from mllama_jax.convert.progress import Progress
 from mllama_jax.convert.pth import write_pth
@@ -237,13 +237,12 @@ def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
         )
         for shard in range(shards)
     }
-    carried = {name: model.carried[name] for name in CARRIED["meta"] if name in model.carried}
 
     def write(store: Store, done: Progress) -> None:
         for file, held in parts.items():
             if path := _unwritten(store, file):
                 write_pth(path, held, done.within(file))
-        for name, content in {**carried, "params.json": _json(params)}.items():
+        for name, content in {**model.carried, "params.json": _json(params)}.items():
             store.write(name, content)
 
     return Plan({f"{file}/{name}": nbytes(t) for file, held in parts.items() for name, t in held.items()}, write)
@@ -262,7 +261,7 @@ def _hf_side_files(model: Model, dtype: np.dtype | None) -> dict[str, bytes]:
     if kept := model.json["config.json"]:
         made["config.json"] = kept | {key: name for key in ("torch_dtype", "dtype") if key in kept}
     files = {file: _json(content) for file, content in made.items()}
-    files |= {file: model.carried[file] for file in CARRIED["hf"] if file in model.carried}
+    files |= model.carried
     return files | {"config.json": files.pop("config.json")}
 
 
