@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from mllama_jax.convert.store import BucketPath
+from mllama_jax.convert.store import BucketFile, BucketPath
 from mllama_jax.errors import InputError
 
 # What turns up under a checkpoint's file name, by its first bytes.
@@ -75,16 +75,18 @@ class Tensors(Protocol):
 
 
 class TensorFile:
-    """A mapped file of named tensors. Nothing is read until a view is used, and views are read-only."""
+    """A file of named tensors, mapped or in a bucket. Nothing is read until it is used, and arrays are read-only."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.map = map_file(self.path)
+    def __init__(self, path: str | Path | BucketPath):
+        self.path = path if isinstance(path, BucketPath) else Path(path)
+        self.map = BucketFile(self.path) if isinstance(self.path, BucketPath) else map_file(self.path)
         self.tensors: Mapping[str, Region] = {}
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor `name` as a zero-copy view of the file; KeyError for a name that `tensors` does not hold."""
+        """The tensor `name`, of a mapped file as a view; KeyError for a name that `tensors` does not hold."""
         region = self.tensors[name]
+        if isinstance(self.map, BucketFile):
+            return np.ndarray(region.shape, region.dtype, self.map[region.start : region.stop])
         return np.ndarray(region.shape, region.dtype, self.map, region.start, region.strides)
 
 

@@ -11,17 +11,12 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.apply import Extras, Parameters, extras, has_new_names, parameters, read_config
 from mllama_jax.convert.sources import Checkpoint
 
-# Files that say nothing of the weights and go along as they are.
-_LICENCE = ("LICENSE", "LICENSE.txt", "USE_POLICY.md")
-CARRIED = {
-    "meta": ("tokenizer.model", *_LICENCE),
-    "hf": (
-        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-        *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
-        *("generation_config.json", *_LICENCE),
-    ),
-}
-CARRIED["orbax"] = CARRIED["hf"]
+# Files that say nothing of the weights and go along as they are, whatever the layout.
+CARRIED = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
+    *("generation_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +40,7 @@ def read_model(checkpoint: Checkpoint) -> Model:
         hf_names = "4.52" if has_new_names(checkpoint) else "4.45"
     jsons = {"config.json": checkpoint.config_json, "params.json": checkpoint.params_json}
     carried = {}
-    for name in dict.fromkeys(name for names in CARRIED.values() for name in names):
+    for name in CARRIED:
         with contextlib.suppress(FileNotFoundError):
             carried[name] = (checkpoint.directory / name).read_bytes()
     return Model(parameters(checkpoint, config), config, extras(checkpoint, config), hf_names, jsons, carried)

@@ -33,7 +33,7 @@ class Progress:
 
     def __init__(self, store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str):
         self.store, self.sizes = store, sizes
-        keys, begun = store.keys(), store.read(_JOB)
+        keys, begun = store.names(), store.read(_JOB)
         if begun is None and keys:
             raise InputError(
                 f"{store.location}: already holds {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}; "
@@ -70,7 +70,7 @@ class Progress:
 
     def finish(self) -> None:
         """Forget the job: the target is whole."""
-        for key in self.store.keys(_FOLDER):
+        for key in self.store.names(_FOLDER):
             if key != _JOB:
                 self.store.delete(key)
         self.store.delete(_JOB)

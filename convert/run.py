@@ -20,8 +20,8 @@ from mllama_jax.convert.apply import renamed, tensors
 from mllama_jax.convert.export import hf_files, meta_params
 from mllama_jax.convert.files import LazyArray, nbytes
 from mllama_jax.convert.hub import local
-from mllama_jax.convert.manifest import DTYPES, EXTRA, MANIFEST, digest_of
-from mllama_jax.convert.model import CARRIED, Model, read_model
+from mllama_jax.convert.manifest import DTYPES, EXTRA, digest_of
+from mllama_jax.convert.model import Model, read_model
 from mllama_jax.convert.orbax import write_arrays, write_index
 from mllama_jax.convert.progress import Progress
 from mllama_jax.convert.pth import write_pth
@@ -52,7 +52,8 @@ def convert(
     A run that was stopped is finished by the same call; what it wrote is kept, and the result is the same to the byte.
 
     Args:
-        source: a directory of any layout, one of ours in a bucket (`gs://`), or a name on huggingface.co.
+        source: a directory of any layout, one of ours or Hugging Face's in a bucket (`gs://`), or a name on
+            huggingface.co.
         target: a directory, or, for our layout, a place in a bucket.
         to: "orbax" (ours), "hf" or "meta".
         dtype: of all tensors, "bfloat16", "float32" or "float16", rounded to nearest even; None keeps each tensor's.
@@ -120,11 +121,12 @@ def _check_dtypes(model: Model) -> None:
 
 
 def _fingerprint(directories: list[Path | BucketPath]) -> str:
-    """Changes when a source does: names, sizes and times of its files, or in a bucket its manifest."""
+    """Changes when a source does: names, sizes and times of its files, or in a bucket their generations."""
     marks: list[Any] = []
     for directory in directories:
         if isinstance(directory, BucketPath):
-            marks.append(digest_of((directory / MANIFEST).read_bytes()))
+            store = Store(directory)
+            marks += [(key, store.generation(key).hex()) for key in store.names() if "/" not in key]
         else:
             stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
             marks += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -235,13 +237,12 @@ def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
         )
         for shard in range(shards)
     }
-    carried = {name: model.carried[name] for name in CARRIED["meta"] if name in model.carried}
 
     def write(store: Store, done: Progress) -> None:
         for file, held in parts.items():
             if path := _unwritten(store, file):
                 write_pth(path, held, done.within(file))
-        for name, content in {**carried, "params.json": _json(params)}.items():
+        for name, content in {**model.carried, "params.json": _json(params)}.items():
             store.write(name, content)
 
     return Plan({f"{file}/{name}": nbytes(t) for file, held in parts.items() for name, t in held.items()}, write)
@@ -260,7 +261,7 @@ def _hf_side_files(model: Model, dtype: np.dtype | None) -> dict[str, bytes]:
     if kept := model.json["config.json"]:
         made["config.json"] = kept | {key: name for key in ("torch_dtype", "dtype") if key in kept}
     files = {file: _json(content) for file, content in made.items()}
-    files |= {file: model.carried[file] for file in CARRIED["hf"] if file in model.carried}
+    files |= model.carried
     return files | {"config.json": files.pop("config.json")}
 
 

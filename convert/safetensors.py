@@ -24,6 +24,7 @@ from mllama_jax.convert.files import (
     parse_json,
     valid_shape,
 )
+from mllama_jax.convert.store import BucketPath
 from mllama_jax.errors import InputError
 
 # In the order by which the library sorts tensors, last first: large items come first, so all are aligned.
@@ -54,7 +55,7 @@ class SafetensorsFile(TensorFile):
     file and what is wrong with it.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path | BucketPath):
         super().__init__(path)
         header, data_start = self._header()
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -64,18 +65,20 @@ class SafetensorsFile(TensorFile):
         self._check_coverage(data_start)
 
     def _header(self) -> tuple[dict, int]:
-        size, head = len(self.map), self.map[:32]
+        head = self.map[0:32]
         length = int.from_bytes(head[:8], "little")
-        if size < 8 or length > _MAX_HEADER or head[8:9] not in (b"{", b""):
+        if len(head) < 8 or length > _MAX_HEADER or head[8:9] not in (b"{", b""):
             raise InputError(
                 f"{self.path}: not a safetensors file: expected 8 bytes of header length (at most {_MAX_HEADER}) "
-                f"and a JSON object, got {size} bytes that begin {head[:9]!r} (length {length}), {guess_kind(head)}"
+                f"and a JSON object, got {len(self.map)} bytes that begin {head[:9]!r} "
+                f"(length {length}), {guess_kind(head)}"
             )
-        if 8 + length > size:
+        header = self.map[8 : 8 + length]
+        if len(header) < length:
             raise InputError(
-                f"{self.path}: truncated: expected a header of {length} bytes, got {size - 8}; download it again"
+                f"{self.path}: truncated: expected a header of {length} bytes, got {len(header)}; download it again"
             )
-        return parse_json(self.map[8 : 8 + length], f"{self.path}: header"), 8 + length
+        return parse_json(header, f"{self.path}: header"), 8 + length
 
     def _region(self, name: str, entry: object, data_start: int) -> Region:
         where = f"{self.path}: tensor {name!r}"
@@ -103,8 +106,8 @@ class SafetensorsFile(TensorFile):
                 expected, got = position - data_start, region.start - data_start
                 raise InputError(f"{self.path}: tensor {name!r} {fault}: expected offset {expected}, got {got}")
             position = region.stop
-        if position != len(self.map):
-            fault = "truncated" if position > len(self.map) else "bytes after the last tensor"
+        if len(end := self.map[position - 1 : position + 1]) != 1:
+            fault = "truncated" if not end else "bytes after the last tensor"
             raise InputError(
                 f"{self.path}: {fault}: expected {position} bytes, got {len(self.map)}; download or copy it again"
             )

@@ -98,7 +98,7 @@ def open_checkpoint(
     if len(hf) > 1 or (hf and meta) or (len(meta) > 1 and "consolidated.pth" in meta):
         raise InputError(f"{directory}: ambiguous: holds {' and '.join((hf + meta)[:3])}; keep one checkpoint in it")
     if hf:
-        return _open_hf(directory, hf[0])
+        return _open_hf(directory, present)
     if meta:
         return _open_meta(directory, meta, split_dim)
     hint = "; its folder 'original' may be one" if "original" in present else ""
@@ -108,14 +108,14 @@ def open_checkpoint(
     )
 
 
-def _open_hf(directory: Path, found: str) -> Checkpoint:
+def _open_hf(directory: Path | BucketPath, present: set[str]) -> Checkpoint:
     config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
-    if found == _SINGLE:
+    if _SINGLE in present:
         file = SafetensorsFile(directory / _SINGLE)
         files = dict.fromkeys(file.tensors, file)
     else:
-        files = _open_index(directory / _INDEX)
+        files = _open_index(directory, present)
     return Checkpoint(
         layout="hf",
         directory=directory,
@@ -129,14 +129,17 @@ def _open_hf(directory: Path, found: str) -> Checkpoint:
 
 
 def _open_bucket(directory: BucketPath) -> Checkpoint:
-    if unfinished(Store(directory)):
+    store = Store(directory)
+    if unfinished(store):
         raise InputError(f"{directory}: its conversion has not ended; run the same `mllama convert` again to finish it")
-    if not (directory / TREE).exists():
-        raise InputError(
-            f"{directory}: expected a checkpoint that `mllama convert --to orbax` wrote; other layouts are read from "
-            "disks only"
-        )
-    return _open_ours(directory)
+    if (directory / TREE).exists():
+        return _open_ours(directory)
+    present = {key for key in store.names() if "/" not in key}
+    if present & {_SINGLE, _INDEX}:
+        return _open_hf(directory, present)
+    if any(map(_META_SHARD.fullmatch, present)):
+        raise InputError(f"{directory}: Meta's files are read from disks only; copy them to one")
+    raise InputError(f"{directory}: no checkpoint: expected {_SINGLE}, {_INDEX}, or what `mllama convert` wrote")
 
 
 def _open_ours(directory: Path | BucketPath) -> Checkpoint:
@@ -158,8 +161,9 @@ def _open_ours(directory: Path | BucketPath) -> Checkpoint:
     )
 
 
-def _open_index(path: Path) -> dict[str, SafetensorsFile]:
+def _open_index(directory: Path | BucketPath, present: set[str]) -> dict[str, SafetensorsFile]:
     """Each tensor's file. The index and its files must agree on where every tensor is."""
+    path = directory / _INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{path}: expected an object 'weight_map' of tensor name to file name")
@@ -167,19 +171,17 @@ def _open_index(path: Path) -> dict[str, SafetensorsFile]:
     for shard in shards:
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise InputError(f"{path}: expected names of .safetensors files beside it, got {shard!r}")
-    absent = [shard for shard in shards if not (path.parent / shard).exists()]
+    absent = [shard for shard in shards if shard not in present]
     if absent:
         raise InputError(f"{path}: names {len(absent)} absent files: {', '.join(absent)}; download them")
-    files = {shard: SafetensorsFile(path.parent / shard) for shard in shards}
+    files = {shard: SafetensorsFile(directory / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
-            raise InputError(f"{files[shard].path}: tensor {name!r} is missing, though {path.name} places it there")
+            raise InputError(f"{files[shard].path}: tensor {name!r} is missing, though {_INDEX} places it there")
     for shard, file in files.items():
         for name in file.tensors:
             if name not in weight_map:
-                raise InputError(
-                    f"{file.path}: tensor {name!r} is not in {path.name}; the files are of two checkpoints"
-                )
+                raise InputError(f"{file.path}: tensor {name!r} is not in {_INDEX}; the files are of two checkpoints")
             if weight_map[name] != shard:
                 raise InputError(f"{file.path}: tensor {name!r} is also in {weight_map[name]}; expected it in one file")
     return {name: files[shard] for name, shard in weight_map.items()}

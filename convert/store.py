@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import errno
 import os
 import re
@@ -29,6 +31,10 @@ class BucketPath:
     def __fspath__(self) -> str:
         return self.url
 
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
     def __truediv__(self, name: str) -> BucketPath:
         return BucketPath(f"{self.url}/{name}")
 
@@ -44,6 +50,29 @@ class BucketPath:
     def _content(self) -> bytes | None:
         folder, _, name = self.url.rpartition("/")
         return Store(folder).read(name)
+
+
+class BucketFile:
+    """A file's bytes; a slice is read when it is asked for, as far as the file goes."""
+
+    def __init__(self, path: BucketPath):
+        folder, _, self._name = path.url.rpartition("/")
+        self._store = Store(folder)
+
+    def __getitem__(self, cut: slice) -> bytes:
+        try:
+            return self._store.read(self._name, cut) or b""
+        except BeyondEnd:  # what is left is shorter than what was asked for
+            with contextlib.suppress(BeyondEnd):
+                return self._store.read(self._name, slice(cut.start, None)) or b""
+            return b""
+
+    def __len__(self) -> int:
+        return bisect.bisect_left(range(2**44), True, key=lambda end: not self[end : end + 1])
+
+
+class BeyondEnd(InputError):
+    """A range of bytes that a file has not got."""
 
 
 def is_bucket(location: str | os.PathLike[str]) -> bool:
@@ -68,11 +97,16 @@ class Store:
         with explained(self.location):
             self._files = ts.KvStore.open(self.url).result()
 
-    def read(self, key: str) -> bytes | None:
-        """The content of `key`; None where there is none."""
+    def read(self, key: str, cut: slice | None = None) -> bytes | None:
+        """The content of `key`, or a slice of it; None where there is none."""
         with explained(f"{self.location}/{key}"):
-            found = self._files.read(key).result()
+            found = self._files.read(key, byte_range=cut).result()
         return bytes(found.value) if found.state == "value" else None
+
+    def generation(self, key: str) -> bytes:
+        """Changes whenever `key` is written."""
+        with explained(f"{self.location}/{key}"):
+            return self._files.read(key, byte_range=slice(0, 1)).result().stamp.generation
 
     def write(self, key: str, content: bytes) -> None:
         with explained(f"{self.location}/{key}"):
@@ -82,7 +116,7 @@ class Store:
         with explained(f"{self.location}/{key}"):
             self._files.write(key, None).result()
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """Every key that begins with `prefix`, sorted."""
         behind = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # "" is the end of all
         with explained(self.location):
@@ -103,6 +137,8 @@ def explained(where: str) -> Iterator[None]:
     except InputError:
         raise
     except ValueError as error:
+        if str(error).startswith("OUT_OF_RANGE"):
+            raise BeyondEnd(f"{where}: {' '.join(str(error).split())[:300]}") from None
         number = re.search(r"os_error_code='(\d+)'", str(error))
         reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())[:300]
         raise InputError(f"{where}: {reason}") from None

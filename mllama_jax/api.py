@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
 from mllama_jax.generate.decoding import Decoding
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.look import Look, on_picture, words_of
+from mllama_jax.look import Look, view, words_of
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
@@ -33,6 +34,7 @@ from mllama_jax.sharding.rules import Rules
 
 Conversation = Sequence[Mapping[str, Any]]
 Images = Sequence[Sequence[Image.Image]]
+Tools = Sequence[Mapping[str, Any]]
 
 PICTURES_AT_ONCE = 8
 
@@ -61,6 +63,7 @@ class Mllama:
         vision = self.config.vision
         if vision is None:
             raise InputError("this model is text-only and takes no pictures")
+        _check_pictures(images)
         shape = (vision.max_tiles, vision.tokens, self.config.text.width)
         out = np.zeros((len(images), max(map(len, images), default=0), *shape), np.float32)
         flat = [image for row in images for image in row]
@@ -104,12 +107,18 @@ class Mllama:
     # ---- in words -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, conversations: Sequence[Conversation], params: Sequence[SamplingParams] | None = None, **settings: Any
+        self,
+        conversations: Sequence[Conversation],
+        params: Sequence[SamplingParams] | None = None,
+        *,
+        tools: Tools | None = None,
+        **settings: Any,
     ) -> list[Completion]:
         """Answer conversations: lists of {"role", "content"} with parts {"type": "text" | "image", ...}.
 
         Args:
             params: the settings of each conversation; or give `settings` for all, as in `SamplingParams`.
+            tools: JSON schemas of functions that the model may call, for its chat template.
 
         Returns:
             the answers in order, `n` of them for each conversation.
@@ -117,40 +126,44 @@ class Mllama:
         Raises:
             InputError: a conversation or setting is malformed.
         """
+        _check_list("conversations", conversations)
         if params is not None and settings:
             raise InputError(f"give params or {', '.join(settings)}, not both")
         if params is None:
             params = [SamplingParams.of(settings)] * len(conversations)
-        if isinstance(params, SamplingParams):
+        if not isinstance(params, list | tuple) or not all(isinstance(each, SamplingParams) for each in params):
             raise InputError("params must be a list, one SamplingParams for each conversation")
         if len(params) != len(conversations):
             raise InputError(f"params must be as many as conversations, got {len(params)} and {len(conversations)}")
         tokenizer = self._tokenizer()
-        prompts = [self.prompt(conversation) for conversation in conversations]
+        prompts = [self.prompt(conversation, tools) for conversation in conversations]
         each = [(prompt, one) for prompt, all_n in zip(prompts, params, strict=True) for one in all_n.each()]
         answers = self._answers([prompt for prompt, _ in each], [one for _, one in each], tokenizer)
         return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
 
-    def stream(self, conversation: Conversation, **settings: Any) -> Generator[str, None, None]:
+    def stream(
+        self, conversation: Conversation, *, tools: Tools | None = None, **settings: Any
+    ) -> Generator[str, None, None]:
         """Answer one conversation piece by piece; a piece never ends inside a character or a stop text.
 
         Closing the iterator ends the work.
         """
-        params, prompt = SamplingParams.of(settings), self.prompt(conversation)
+        params, prompt = SamplingParams.of(settings), self.prompt(conversation, tools)
         if params.n != 1:
             raise InputError(f"n must be 1 to stream, got {params.n}")
         (answer,) = self._start([params], self._tokenizer())
         blocks = self._blocks([prompt], [answer])
         return (piece for block, columns in blocks if (piece := answer.push(block, 0, columns)))
 
-    def chat(self) -> Chat:
+    def chat(self, *, tools: Tools | None = None) -> Chat:
         """A conversation of several turns that keeps its caches."""
         tokenizer = self._tokenizer()
         if (parts := self._up(1, "batch")) > 1:
             raise InputError(f"a chat is one row and the mesh splits rows in {parts}; load it on a mesh that does not")
-        return Chat(self.model, self.params, self.prompt, lambda params: self._start([params], tokenizer)[0])
+        prompt = functools.partial(self.prompt, tools=tools)
+        return Chat(self.model, self.params, prompt, lambda params: self._start([params], tokenizer)[0])
 
-    def look(self, conversation: Conversation, answer: str) -> Look:
+    def look(self, conversation: Conversation, answer: str, *, tools: Tools | None = None) -> Look:
         """Where on the conversation's pictures the words of this answer to it look.
 
         A word's heat is the cross-attention, the mean over layers and heads, at the places that make its tokens: each
@@ -159,7 +172,9 @@ class Mllama:
         Raises:
             InputError: there is no picture in the conversation or no word in the answer.
         """
-        prompt, tokenizer, vision = self.prompt(conversation), self._tokenizer(), self.config.vision
+        if not isinstance(answer, str):
+            raise InputError(f"answer: expected text, got {type(answer).__name__}")
+        prompt, tokenizer, vision = self.prompt(conversation, tools), self._tokenizer(), self.config.vision
         tokens = tokenizer.encode(answer, specials=False)
         words = words_of(tokens, tokenizer)
         if vision is None or not prompt.images:
@@ -171,14 +186,14 @@ class Mllama:
         attention = decode.on_host(decode.attention_to_tiles(self.model, self.params, rows.tokens, cross))[0]
         first = len(prompt.tokens) - 1
         of_words = np.stack([attention[[first + n for n in places]].mean(axis=0) for _, places in words])  # W M N
-        heat, start = [], 0
+        views, start = [], 0
         for image in prompt.images:
             shown = math.prod(choose_canvas(image.height, image.width, vision.tile, vision.max_tiles))
-            heat.append(on_picture(of_words[:, start : start + shown], image, vision))
+            views.append(view(of_words[:, start : start + shown], image, vision))
             start += shown
-        return Look([word for word, _ in words], list(prompt.images), heat)
+        return Look([word for word, _ in words], views)
 
-    def prompt(self, conversation: Conversation) -> Prompt:
+    def prompt(self, conversation: Conversation, tools: Tools | None = None) -> Prompt:
         """The token ids and pictures that a conversation becomes."""
         tokenizer = self._tokenizer()
         if self.config.vision is None and any(
@@ -186,7 +201,7 @@ class Mllama:
             for message in conversation
         ):
             raise InputError("this model is text-only and takes no pictures")
-        return encode_conversation(conversation, tokenizer, self.template)
+        return encode_conversation(conversation, tokenizer, self.template, tools=tools)
 
     # ---- how ------------------------------------------------------------------------------------------------------
 
@@ -263,7 +278,23 @@ def _shows(parts: Sequence[Any]) -> bool:
     return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
 
 
+def _check_list(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise InputError(f"{name}: expected a list, got {type(value).__name__}")
+
+
+def _check_pictures(images: Images) -> None:
+    _check_list("images", images)
+    for i, row in enumerate(images):
+        _check_list(f"images[{i}]", row)
+        for image in row:
+            if not isinstance(image, Image.Image):
+                raise InputError(f"row {i}: images must be PIL images, got {type(image).__name__}")
+
+
 def _rows(tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> tuple[list[list[int]], Images]:
+    _check_list("tokens", tokens)
+    _check_pictures(images)
     if len(tokens) != len(images):
         raise InputError(
             f"{len(tokens)} rows of tokens but {len(images)} rows of images; give one list of images a row"

@@ -100,7 +100,7 @@ def _small_files(checkpoint: Checkpoint) -> Iterator[Path]:
         yield checkpoint.directory
         return
     with tempfile.TemporaryDirectory() as copy:
-        for name in CARRIED["hf"]:
+        for name in CARRIED:
             if (source := checkpoint.directory / name).exists():
                 Path(copy, name).write_bytes(source.read_bytes())
         yield Path(copy)

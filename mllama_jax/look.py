@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from mllama_jax.config import VisionConfig
@@ -19,49 +20,66 @@ CAPTION, GAP = 20, 8  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """Heat of each word of an answer on each picture.
+class View:
+    """A picture and where the words of an answer looked on it.
 
     Attributes:
-        words: the answer's words, in order.
-        pictures: what was shown.
-        heat: for each picture float32 [words, height, width], in its own pixels: the share of a word's attention that
-            goes to the patch there. Class tokens and padding, which are nowhere to be seen, take the rest.
+        picture: what was shown.
+        patches: float32 [words, rows, columns], the share of a word's attention that goes to each patch of the canvas
+            on which the picture lies. Class tokens and padding, which are nowhere to be seen, take the rest.
+        covered: how many columns and rows of patches the picture covers, from the top left.
     """
 
+    picture: Image.Image
+    patches: np.ndarray
+    covered: tuple[float, float]
+
+    def heat(self, word: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """float32 [height, width], the heat of one word in the picture's own pixels, or at `size` (width, height)."""
+        patches = Image.fromarray(self.patches[word])
+        size = size or self.picture.size
+        return np.asarray(patches.resize(size, Image.Resampling.BILINEAR, box=(0, 0, *self.covered)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """The words of an answer and, for each picture of the conversation, where they looked."""
+
     words: list[str]
-    pictures: list[Image.Image]
-    heat: list[np.ndarray]
+    views: list[View]
 
     def draw(self) -> Image.Image:
         """One panel for each word and picture: bright where the word looked most, dark where it did not."""
         rows = -(-len(self.words) // COLUMNS)
         columns = -(-len(self.words) // rows)
-        hottest = np.max([heat.max(axis=(1, 2)) for heat in self.heat], axis=0)
-        panels = [
-            [overlay(picture, heat[n] / hottest[n]) for n in range(len(self.words))]
-            for picture, heat in zip(self.pictures, self.heat, strict=True)
-        ]
-        heights = [own[0].height + CAPTION + GAP for own in panels]
+        small = [(thumbnail(view.picture), view) for view in self.views]
+        heats = [[view.heat(n, picture.size) for picture, view in small] for n in range(len(self.words))]
+        hottest = [max(heat.max() for heat in of_word) for of_word in heats]
+        heights = [picture.height + CAPTION + GAP for picture, _ in small]
         sheet = Image.new("RGB", (columns * (PANEL + GAP) + GAP, rows * sum(heights) + GAP), (24, 24, 28))
         pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(14), GAP
-        for own, height in zip(panels, heights, strict=True):
-            for n, (word, panel) in enumerate(zip(self.words, own, strict=True)):
+        for i, ((picture, _), height) in enumerate(zip(small, heights, strict=True)):
+            for n, word in enumerate(self.words):
                 x, y = GAP + n % columns * (PANEL + GAP), top + n // columns * height
                 pen.text((x + PANEL // 2, y + CAPTION - 6), word, (235, 235, 235), font, anchor="ms")
+                panel = overlay(picture, heats[n][i] / hottest[n])
                 sheet.paste(panel, (x + (PANEL - panel.width) // 2, y + CAPTION))
             top += rows * height
         return sheet
 
 
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """The picture at panel size."""
+    scale = PANEL / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture at panel size, dimmed where `heat` [height, width] is 0 and amber where it is 1."""
+    """The picture, dimmed where `heat` [height, width] is 0 and amber where it is 1."""
     amber = np.array([255, 176, 48], np.float32)
     pixels, heat = np.asarray(picture, np.float32), heat[..., None]
-    mixed = Image.fromarray((pixels * (0.45 + 0.15 * heat) + 0.4 * heat * amber).astype(np.uint8))
-    scale = PANEL / max(mixed.size)
-    size = max(1, round(mixed.width * scale)), max(1, round(mixed.height * scale))
-    return mixed.resize(size, Image.Resampling.LANCZOS)
+    return Image.fromarray((pixels * (0.45 + 0.15 * heat) + 0.4 * heat * amber).astype(np.uint8))
 
 
 def words_of(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
@@ -78,23 +96,10 @@ def words_of(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, lis
     return [word for word in words if word[0]]
 
 
-def on_picture(attention: np.ndarray, picture: Image.Image, vision: VisionConfig) -> np.ndarray:
-    """Attention [..., tiles, N] to a picture's tiles as heat [..., height, width] in its own pixels.
-
-    Tiles are put together again; the class token and what lies beyond the picture's edge are left out.
-    """
+def view(attention: np.ndarray, picture: Image.Image, vision: VisionConfig) -> View:
+    """Attention [words, tiles, N] to a picture's tiles, the tiles put together again and class tokens left out."""
     side = vision.tile // vision.patch
     rows, columns = choose_canvas(picture.height, picture.width, vision.tile, vision.max_tiles)
     height, width = fit(picture.height, picture.width, rows * vision.tile, columns * vision.tile, vision.tile)
-    *lead, _, _ = attention.shape
-    grid = attention[..., 1:].reshape(-1, rows, columns, side, side).transpose(0, 1, 3, 2, 4)
-    box = (0, 0, width / vision.patch, height / vision.patch)
-    heat = [
-        np.asarray(
-            Image.fromarray(each.reshape(rows * side, columns * side)).resize(
-                picture.size, Image.Resampling.BILINEAR, box=box
-            )
-        )
-        for each in grid
-    ]
-    return np.stack(heat).reshape(*lead, picture.height, picture.width)
+    patches = rearrange(attention[..., 1:], "w (r c) (y x) -> w (r y) (c x)", r=rows, c=columns, y=side, x=side)
+    return View(picture, patches, (width / vision.patch, height / vision.patch))

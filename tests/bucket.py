@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         content, generation = found
         wanted = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=")
         first, _, last = wanted.partition("-")
+        if int(first) >= len(content) and "Range" in self.headers:
+            return self.send(416)
         piece = content[int(first) : int(last) + 1 if last else None]
         self.server.got[name] = self.server.got.get(name, 0) + len(piece)
         place = f"bytes {first}-{int(first) + len(piece) - 1}/{len(content)}"

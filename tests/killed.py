@@ -12,15 +12,17 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.files import read_json
 from mllama_jax.convert.run import convert
-from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import abstract_parameters
 
 POINTS = 20
@@ -30,14 +32,12 @@ def fork(work: Callable[[], object]) -> int:
     """A child that does `work`; its status is 0 if it could."""
     child = os.fork()
     if child == 0:
-        status = 1
         try:
             work()
-            status = 0
-        except InputError:
-            pass
-        finally:
-            os._exit(status)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return child
 
 
@@ -100,6 +100,7 @@ def main(source: Path, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "os.fork")  # JAX has traced in this process, and nothing else
+    warnings.filterwarnings("ignore", "os.fork")
+    jax.default_backend = lambda: "cpu"  # traced without starting a backend, whose threads a fork would leave behind
     abstract_parameters(MllamaConfig.from_hf(read_json(Path(sys.argv[1], "config.json"))))
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -50,6 +50,36 @@ def test_a_bucket_serves_like_a_directory(bucket: Bucket, small: Mllama, small_d
     assert_same_tensors(small_directory, tmp_path / "hf")
 
 
+def test_hugging_faces_files_are_read_from_a_bucket(bucket: Bucket, small_directory: Path, tmp_path: Path) -> None:
+    """Streamed: each tensor's bytes once, beside headers; and a conversion there makes what one from the disk makes."""
+    split = tmp_path / "split"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mllama_jax.convert.run._HF_FILE", 2**17)
+        convert(small_directory, split, to="hf")
+    for path in split.iterdir():
+        bucket.objects[f"theirs/{path.name}"] = (path.read_bytes(), 1000)
+    bucket.got.clear()
+    convert("gs://bucket/theirs", "gs://bucket/converted", to="orbax")
+    weights = {name: size for name, size in bucket.got.items() if name.endswith(".safetensors")}
+    assert len(weights) > 2
+    for name, size in weights.items():
+        assert size <= len(bucket.objects[name][0]) + 100
+    assert mllama_jax.load("gs://bucket/converted", dtype="float32", verify=True).tokenizer is not None
+    convert("gs://bucket/converted", tmp_path / "hf", to="hf")
+    assert_same_tensors(small_directory, tmp_path / "hf")
+    name = max(weights)
+    content, _ = bucket.objects[name]
+    for damaged, message in (
+        (content[:-1], f"truncated: expected {len(content)} bytes, got {len(content) - 1}"),
+        (content + b"x", f"bytes after the last tensor: expected {len(content)} bytes, got {len(content) + 1}"),
+        (content[:7], "not a safetensors file"),
+    ):
+        bucket.objects[name] = (damaged, 1001)
+        assert message in fault(mllama_jax.load, "gs://bucket/theirs")
+    bucket.objects["meta/consolidated.00.pth"] = (b"", 1)
+    assert "Meta's files are read from disks only" in fault(mllama_jax.load, "gs://bucket/meta")
+
+
 def test_a_slice_reads_only_the_chunks_it_needs(bucket: Bucket) -> None:
     checkpoint = open_checkpoint(PLACE)
     parameter = parameters(checkpoint, read_config(checkpoint))[("text", "layers_0", "mlp", "down", "kernel")]
@@ -86,9 +116,7 @@ def test_faults_are_one_line(bucket: Bucket, small_directory: Path) -> None:
         lambda: convert(small_directory, "gs://bucket/new", to="hf")
     )
     assert not any(name.startswith("new/") for name in bucket.objects)
-    assert "gs://bucket/none: expected a checkpoint that `mllama convert --to orbax` wrote" in fault(
-        mllama_jax.load, "gs://bucket/none"
-    )
+    assert "gs://bucket/none: no checkpoint: expected model.safetensors" in fault(mllama_jax.load, "gs://bucket/none")
     assert "Invalid GCS bucket name" in fault(mllama_jax.load, "gs://B/none")
     name = "models/small/text.final_norm.scale/c/0"
     content, generation = bucket.objects[name]

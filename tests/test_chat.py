@@ -54,6 +54,25 @@ def test_the_default_template_writes_metas_dialog(tokenizer: Tokenizer, default:
     )
 
 
+def test_the_default_template_writes_metas_tool_calls(tokenizer: Tokenizer, default: ChatTemplate) -> None:
+    """As `ToolUtils.encode_tool_call`; what a tool is to run stands behind a tag, and eom_id waits for its answer."""
+    waiting = {"role": "assistant", "stop_reason": "end_of_message"}
+    weather = {"function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    code = {"function": {"name": "code_interpreter", "arguments": {"code": "1 + 1"}}}
+    search = {"function": {"name": "brave_search", "arguments": {"query": "rain"}}}
+    for calls, written in (
+        ([weather], '{"type": "function", "name": "weather", "parameters": {"city": "K\\u00f6ln"}}'),
+        ([code], "<|python_tag|>1 + 1"),
+        ([search], 'brave_search.call(query="rain")'),
+    ):
+        conversation = [{**waiting, "tool_calls": calls}, {"role": "tool", "content": "2"}]
+        prompt = encode_conversation(conversation, tokenizer, default, add_generation_prompt=False)
+        assert tokenizer.decode(prompt.tokens, skip_specials=False) == (
+            f"<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n{written}<|eom_id|>"
+            "<|start_header_id|>ipython<|end_header_id|>\n\n2<|eot_id|>"
+        )
+
+
 def test_pieces_of_a_message_are_tokenized_apart(tokenizer: Tokenizer, default: ChatTemplate) -> None:
     parts = ["\n\nth", "e", "␟␛"]
     content = [{"type": "text", "text": part} for part in parts]
@@ -167,7 +186,8 @@ def _user(*parts: Any) -> list[dict[str, Any]]:
         (_user({"type": "image", "image": 3}), "conversation[0].content[0].image: picture: expected a path"),
         ([{"role": "user", "content": "Hi", "extra": Image.new("L", (1, 1))}], "conversation[0]: expected JSON data"),
         ([{"role": "user", "content": "\ud800"}], "expected Unicode, got a lone surrogate"),
-        ([{"role": "assistant", "tool_calls": [{}]}], "chat template: tool calls are not known"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "chat template: a tool call must have a name and arguments"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "a tool call must have a name and arg"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -181,8 +201,9 @@ def test_refused_in_one_line(conversation: Any, problem: str, tokenizer: Tokeniz
 def test_tools_that_the_default_template_cannot_say_are_refused(tokenizer: Tokenizer, default: ChatTemplate) -> None:
     with pytest.raises(InputError, match="chat template: tools are not known"):
         encode_conversation(HI, tokenizer, default, tools=[{"name": "f"}])
+    hostile: Any = [{"name": _user}]
     with pytest.raises(InputError, match="tools: expected JSON data, got function"):
-        encode_conversation(HI, tokenizer, default, tools=[_user])  # pyright: ignore[reportArgumentType]
+        encode_conversation(HI, tokenizer, default, tools=hostile)
 
 
 # ---- Templates ----------------------------------------------------------------------------------------------------

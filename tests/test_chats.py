@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import mllama_jax
 from mllama_jax import Mllama, MllamaConfig
 from mllama_jax.convert.export import write_hf
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode
+from mllama_jax.generate import decode, slots
 from mllama_jax.model.mllama import init_parameters
 from mllama_jax.terminal import Terminal
 from tests.conftest import SMALL
@@ -29,22 +30,20 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": ()}
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """How many pictures each `encode`, and how many real tokens each `prefill`, was given."""
+    """How many pictures each `encode`, and how many real tokens each `prefill`, was given by a chat."""
     counted: dict[str, list[int]] = {"encode": [], "prefill": []}
-    encode, prefill = decode.encode, decode.prefill
+    encode, read = decode.encode, slots.read
 
     def count_encode(model: Any, params: Any, pixels: Any, ratio_ids: Any) -> Any:
         counted["encode"].append(len(pixels))
         return encode(model, params, pixels, ratio_ids)
 
-    def count_prefill(
-        model: Any, params: Any, tokens: Any, start: Any, lengths: Any, *rest: Any, **options: Any
-    ) -> Any:
-        counted["prefill"].append(int(lengths[0]))
-        return prefill(model, params, tokens, start, lengths, *rest, **options)
+    def count_read(*args: Any, **options: Any) -> Any:
+        counted["prefill"].append(args[7] + 1)  # up to the last real token
+        return read(*args, **options)
 
     monkeypatch.setattr(decode, "encode", count_encode)
-    monkeypatch.setattr(decode, "prefill", count_prefill)
+    monkeypatch.setattr(slots, "read", count_read)
     return counted
 
 
@@ -149,9 +148,9 @@ def test_terminal_mistakes_cost_one_line(small: Mllama, tmp_path: Path, capsys: 
     assert terminal.chat.messages == []
 
 
-def interrupt_once(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType, program: str) -> None:
     """Let ctrl-C meet the first call of one of the compiled programs."""
-    original, interrupted = getattr(decode, program), []
+    original, interrupted = getattr(module, program), []
 
     def interrupt(*args: Any, **options: Any) -> Any:
         if not interrupted:
@@ -159,13 +158,13 @@ def interrupt_once(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(decode, program, interrupt)
+    monkeypatch.setattr(module, program, interrupt)
 
 
 def test_ctrl_c_stops_the_answer(
     small: Mllama, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_once(monkeypatch, "decode")
+    interrupt_once(monkeypatch, decode, "decode")
     terminal, _, _ = talk(small, ["Hello", "And now?"], capsys)
     assert [message["role"] for message in terminal.chat.messages] == ["user", "assistant"] * 2
 
@@ -173,7 +172,7 @@ def test_ctrl_c_stops_the_answer(
 def test_ctrl_c_before_the_first_token_keeps_the_picture(
     small: Mllama, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_once(monkeypatch, "prefill")
+    interrupt_once(monkeypatch, slots, "read")
     picture(1).save(photo := tmp_path / "photo.png")
     terminal, out, _ = talk(small, [f"/image {photo}", "What is it?", "And now?"], capsys)
     assert "its pictures wait for the next" in out

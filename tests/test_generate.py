@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mllama_jax.generate.batch import bucket
 from mllama_jax.generate.sampling import Settings, kept, sample
 from mllama_jax.model import attention as model_attention
 from mllama_jax.model.cache import empty_cache
+from mllama_jax.processing.chat import ChatTemplate
 
 IMAGE = 768
 Draw = Callable[..., Image.Image]
@@ -200,7 +202,7 @@ def test_draws_of_one_row_are_independent() -> None:
             seed=jnp.asarray(seeds, jnp.uint32)
         )
         drawn = np.asarray(sample(jnp.zeros((n, 4)), rows, jnp.asarray(steps, jnp.int32), None))
-        pairs = np.bincount(4 * drawn[:-1] + drawn[1:], minlength=16)
+        pairs = np.bincount(4 * drawn[::2] + drawn[1::2], minlength=16)
         assert chisquare(pairs).pvalue > 0.001
 
 
@@ -267,6 +269,39 @@ def test_bad_rows(small: Mllama, picture: Draw) -> None:
     ):
         with pytest.raises(InputError, match=message):
             small.generate_tokens(tokens, images, max_new_tokens=20)
+
+
+def test_what_is_no_list_is_refused_by_name(small: Mllama, picture: Draw) -> None:
+    hello: Any = [{"role": "user", "content": "Hello"}]
+    text: Any = "a.png"
+    shown: Any = [{"role": "user", "content": [{"type": "image", "image": picture(1)}]}]
+    nothing: Any = None
+    for call, message in (
+        (lambda: small.generate(nothing), "conversations: expected a list, got NoneType"),
+        (lambda: small.generate(hello), "conversation: expected a list of messages, got dict"),
+        (lambda: small.generate([hello], [nothing]), "params must be a list, one SamplingParams for each"),
+        (lambda: small.generate([hello], tools=text), "tools: expected a list of JSON schemas, got str"),
+        (lambda: small.generate_tokens(nothing, [[]]), "tokens: expected a list, got NoneType"),
+        (lambda: small.generate_tokens([[512]], nothing), "images: expected a list, got NoneType"),
+        (lambda: small.logits([[512]], [nothing]), r"images\[0\]: expected a list, got NoneType"),
+        (lambda: small.encode_images([[text]]), "row 0: images must be PIL images, got str"),
+        (lambda: small.look(shown, nothing), "answer: expected text, got NoneType"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_tools_reach_the_template(small: Mllama) -> None:
+    hello, tools = [{"role": "user", "content": "Hello"}], [{"name": "weather"}]
+    model = dataclasses.replace(small, template=ChatTemplate("{{ tools | tojson }}"))
+    assert small.tokenizer is not None
+    written = [512, *small.tokenizer.encode('[{"name": "weather"}]', specials=False)]
+    assert model.prompt(hello, tools).tokens == written
+    settings: Any = {"tools": tools, "max_new_tokens": 3, "stop_ids": ()}
+    (completion,) = model.generate([hello], **settings)
+    assert completion.prompt_tokens == len(written)
+    assert "".join(model.stream(hello, **settings)) == completion.text
+    assert "".join(model.chat(tools=tools).say("Hello", max_new_tokens=3, stop_ids=())) == completion.text
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])

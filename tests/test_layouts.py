@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -137,6 +138,20 @@ def ours(small_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setattr(orbax, "_SMALLEST", 1)  # as if the arrays were large: all chunks that there can be
         convert(small_directory, directory, to="orbax")
     return directory
+
+
+def test_the_files_beside_the_weights_come_along(small_directory: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(small_directory, source)
+    (source / "LICENSE.txt").write_text("terms")
+    convert(source, tmp_path / "meta", to="meta")
+    convert(tmp_path / "meta", tmp_path / "ours", to="orbax")
+    convert(tmp_path / "ours", tmp_path / "hf", to="hf")
+    beside = {path.name for path in source.iterdir()} - {"model.safetensors", "config.json"}
+    assert {"tokenizer.json", "LICENSE.txt"} <= beside
+    for name in beside:
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    assert mllama_jax.load(tmp_path / "meta").tokenizer is not None
 
 
 def test_the_directory_alone_serves(ours: Path, small: Mllama) -> None:

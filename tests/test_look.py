@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mllama_jax.cli import SHIPPED, main
 from mllama_jax.config import VisionConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
-from mllama_jax.look import on_picture, words_of
+from mllama_jax.look import view, words_of
 from mllama_jax.processing.image import split_tiles
 from mllama_jax.train.pictures import conversation, held_out
 
@@ -31,8 +32,9 @@ def test_heat_falls_on_the_shape_that_the_question_names() -> None:
     about_one = (example for example in held_out("scenes", 1000) if len(example.boxes) == 1)
     ratios, hottest = [], []
     for example in itertools.islice(about_one, 100):
-        (heat,) = model.look(conversation(example)[:1], example.answer).heat
-        mean, (named,), (scene,) = heat.mean(axis=0), example.boxes, example.contents
+        look = model.look(conversation(example)[:1], example.answer)
+        mean = np.mean([look.views[0].heat(n) for n in range(len(look.words))], axis=0)
+        (named,), (scene,) = example.boxes, example.contents
         inside = np.zeros(mean.shape, bool)
         inside[named.top : named.bottom, named.left : named.right] = True
         ratios.append(mean[inside].mean() / mean[~inside].mean())
@@ -57,9 +59,9 @@ def test_heat_lies_where_the_patch_was_cut(width: int, height: int) -> None:
         light = tiles.reshape(len(tiles), 3, side, VISION.patch, side, VISION.patch).sum((1, 3, 5), dtype=np.int64)
         attention = np.zeros((1, len(tiles), VISION.tokens), np.float32)
         attention[0, :, 1:] = (light == light.max()).reshape(len(tiles), -1)
-        heat = on_picture(attention, picture, VISION)
-        assert heat.shape == (1, height, width)
-        hot_y, hot_x = np.argwhere(heat[0] == heat[0].max()).mean(axis=0)
+        heat = view(attention, picture, VISION).heat(0)
+        assert heat.shape == (height, width)
+        hot_y, hot_x = np.argwhere(heat == heat.max()).mean(axis=0)
         patch = VISION.patch * max(width / VISION.tile, height / VISION.tile, 1)  # in pixels of the picture, at most
         assert max(abs(hot_y - y), abs(hot_x - x)) <= patch
 
@@ -91,8 +93,9 @@ def test_several_pictures_each_have_their_heat(small: Mllama, picture: Draw) -> 
     content: list[dict[str, Any]] = [{"type": "image", "image": each} for each in pictures]
     look = small.look([{"role": "user", "content": [*content, {"type": "text", "text": "Same?"}]}], "not quite")
     assert look.words == ["not", "quite"]
-    assert [heat.shape for heat in look.heat] == [(2, 60, 90), (2, 100, 40)]
-    assert all(heat.min() >= 0 and heat.max() > 0 for heat in look.heat)
+    heats = [view.heat(1) for view in look.views]
+    assert [heat.shape for heat in heats] == [(60, 90), (100, 40)]
+    assert all(heat.min() >= 0 and heat.max() > 0 for heat in heats)
     sheet = np.asarray(look.draw())
     assert sheet.shape[1] > 2 * 224
     assert sheet.max() > 200
@@ -113,6 +116,17 @@ def test_nothing_to_look_at(small: Mllama, content: Any, answer: str, message: s
 def test_a_line_of_pixels_can_be_drawn(small: Mllama) -> None:
     content = [{"type": "image", "image": Image.new("RGB", (600, 1), "red")}, {"type": "text", "text": "?"}]
     assert small.look([{"role": "user", "content": content}], "red").draw().width > 224
+
+
+def test_a_large_photo_is_drawn_small(small: Mllama) -> None:
+    """What is kept of a photo of 12 megapixels is the photo and its patches, not its pixels once more for each word."""
+    content = [{"type": "image", "image": Image.new("RGB", (4000, 3000), "red")}, {"type": "text", "text": "?"}]
+    look = small.look([{"role": "user", "content": content}], " ".join(["red"] * 12))
+    assert look.views[0].patches.nbytes < 2**16
+    tracemalloc.start()
+    look.draw()
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
 
 
 def test_command_line(small_directory: Path, picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def prefill(
     nothing = jnp.zeros_like(lengths)
     counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
     state = State(cache, nothing, start + lengths, nothing, jnp.zeros(len(lengths), bool), counts)
-    return _choose(model, params, last, state, settings, top)
+    return choose(model, params, last, state, settings, top)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "top"), donate_argnames="state")
@@ -204,7 +204,7 @@ def decode(
         i, state, block = carry
         x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
         position = jnp.minimum(state.position + 1, cache[0].k.shape[2] - 1)  # a row that is done stays inside
-        state, made = _choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
+        state, made = choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 
     block = Made(
@@ -217,7 +217,7 @@ def decode(
     return state, block, columns
 
 
-def _choose(
+def choose(
     model: MllamaModel, params: Params, x: jax.Array, state: State, settings: Settings, top: int
 ) -> tuple[State, Made]:
     """Choose the next token of each row from its hidden state [B, D]."""

@@ -165,6 +165,8 @@ def encode_conversation(
     that cannot be opened and for what the template refuses.
     """
     escape = _escaper(tuple(tokenizer.specials))
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(each, Mapping) for each in tools)):
+        raise InputError(f"tools: expected a list of JSON schemas, got {type(tools).__name__}")
     messages, sources = _check(conversation, escape)
     rendered = template.render(
         messages,

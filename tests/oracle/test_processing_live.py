@@ -296,6 +296,51 @@ def test_the_default_template_equals_meta(tokenizer: Tokenizer, meta_tokenizer, 
         assert [np.array_equal(a, b) for a, b in zip(ours.images, pictures, strict=True)] == [True] * len(pictures)
 
 
+CALLS: list[list[tuple[str, dict[str, Any]]]] = [
+    [("f", {"x": "é <|eot_id|>", "n": [1, 2.5, None, True], "deep": {"a": "b", "c": 3}})],
+    [("f", {}), ("g", {"y": "'\"\\"})],
+    [("brave_search", {"query": 'who "is"'})],
+    [("wolfram_alpha", {"query": "1+1"}), ("photogen", {"query": "a cat"})],
+    [("code_interpreter", {"code": "print('<|python_tag|>')\n"})],
+    [("f", {"x": 1}), ("code_interpreter", {"code": "2"})],
+]
+
+
+def test_tool_calls_of_the_default_template_equal_meta(tokenizer: Tokenizer, meta_tokenizer, tmp_path: Path) -> None:
+    from llama_models.datatypes import BuiltinTool, RawMessage, StopReason, ToolCall
+    from llama_models.llama3.chat_format import ChatFormat
+
+    template, form, equal = load_template(tmp_path), ChatFormat(meta_tokenizer), 0
+    for calls in CALLS:
+        for content in ("", "Let me see. "):
+            for reason in StopReason:
+                made = [
+                    ToolCall(
+                        call_id="1",
+                        tool_name=BuiltinTool[name] if name in BuiltinTool.__members__ else name,
+                        arguments=arguments,
+                    )
+                    for name, arguments in calls
+                ]
+                theirs = form.encode_dialog_prompt(
+                    [
+                        RawMessage(role="user", content="go"),
+                        RawMessage(role="assistant", content=content, tool_calls=made, stop_reason=reason),
+                        RawMessage(role="tool", content="3"),
+                    ]
+                )
+                named = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+                assistant = {"role": "assistant", "content": content, "stop_reason": reason.value}
+                conversation = [
+                    {"role": "user", "content": "go"},
+                    {**assistant, "tool_calls": named},
+                    {"role": "tool", "content": "3"},
+                ]
+                assert encode_conversation(conversation, tokenizer, template).tokens == theirs.tokens
+                equal += 1
+    assert equal == 36
+
+
 def test_spans_equal_meta() -> None:
     """But for the end of the last image, which is open in ours and with Meta only where it is the only one."""
     from llama_models.llama3.chat_format import create_vision_mask

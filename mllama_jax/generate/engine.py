@@ -1,0 +1,388 @@
+"""Continuous batching: requests come and go between blocks of decode steps, each in a slot of the caches.
+
+Slots are the cache of what was read: a slot keeps it when its request is gone, and the next request that begins alike,
+pictures included, goes there, or copies it, and reads only the rest. So a picture that some slot holds is not encoded
+again, whoever shows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from mllama_jax.config import MllamaConfig
+from mllama_jax.errors import InputError
+from mllama_jax.generate import decode, slots
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import bucket, check_rows
+from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
+from mllama_jax.generate.slots import Caches, Layers
+from mllama_jax.model.mllama import MllamaModel, Params
+from mllama_jax.model.vision import TILES
+from mllama_jax.processing.chat import Prompt, image_spans
+from mllama_jax.processing.image import preprocess
+
+STEPS = 32  # decode steps in one dispatch
+CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how often between two dispatches
+PICTURES = 8  # encoded between two dispatches
+WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that is ready for the vision tower: pixels float32 [1, C, 3, P, P], ratio id int32 [1]."""
+
+    digest: bytes
+    pixels: np.ndarray
+    ratio_id: np.ndarray
+
+    @property
+    def tiles(self) -> int:
+        return TILES[int(self.ratio_id[0])]
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt and its answer as it grows.
+
+    Attributes:
+        marks: the prompt's token ids, the pictures' digests in place of image tokens: equal marks, equal caches.
+        spans: which positions see each picture.
+    """
+
+    prompt: Prompt
+    answer: Answer
+    marks: list[int | bytes]
+    pictures: list[Picture]
+    spans: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer) -> Request:
+        """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""
+        check_rows(config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
+        Settings.of([answer.params], [prompt.tokens], config.stops, config.text.vocab)  # refuses what is no token
+        pictures = []
+        for image in prompt.images:
+            assert config.vision is not None
+            pictures.append(Picture(digest_of(image), *preprocess([image], config.vision)))
+        digests = iter([picture.digest for picture in pictures])
+        marks = [next(digests) if token == config.image_token else token for token in prompt.tokens]
+        return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token))
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A row of the caches.
+
+    Attributes:
+        marks: what its self-attention cache holds, from position 0 on.
+        pictures: whose tiles its image cache holds, one behind the other.
+        request: who has it; None where it is free.
+        reading: whether the request is still being read.
+        used: when it was last given away.
+    """
+
+    row: int
+    marks: list[int | bytes] = dataclasses.field(default_factory=list)
+    pictures: list[Picture] = dataclasses.field(default_factory=list)
+    request: Request | None = None
+    reading: bool = False
+    used: int = 0
+
+    def place_of(self, digest: bytes) -> int | None:
+        """The tile at which a picture begins; None where it is not here."""
+        first = 0
+        for picture in self.pictures:
+            if picture.digest == digest:
+                return first
+            first += picture.tiles
+        return None
+
+    def spans(self, width: int) -> np.ndarray:
+        """int32 [width, 2], the text positions that see each tile; (0, 0) for none."""
+        spans = np.zeros((width, 2), np.int32)
+        if self.request is not None:
+            tiles = [picture.tiles for picture in self.request.pictures]
+            spans[: sum(tiles)] = np.repeat(np.reshape(self.request.spans, (-1, 2)), tiles, axis=0)
+        return spans
+
+
+class Engine:
+    """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
+
+    Its memory grows with the longest request and the most pictures of one, up to `context` positions a slot.
+    """
+
+    def __init__(self, model: MllamaModel, params: Params, *, slots: int, context: int):
+        self.model, self.params, self.context = model, params, min(context, model.config.text.context)
+        self.waiting: deque[Request] = deque()
+        self.slots = [Slot(row) for row in range(slots)]
+        self._caches: Caches | None = None
+        self._clock = 0
+
+    @property
+    def config(self) -> MllamaConfig:
+        return self.model.config
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or any(slot.request for slot in self.slots)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InputError where it cannot fit a slot."""
+        prompt, new = len(request.marks), request.answer.params.max_new_tokens
+        if prompt + new > self.context:
+            raise InputError(
+                f"{prompt} prompt tokens and {new} new ones exceed the {self.context} positions of a slot; shorten the "
+                "prompt or max_new_tokens"
+            )
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, wherever it is; its slot is free at once."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        for slot in self.slots:
+            if slot.request is request:
+                slot.request, slot.reading = None, False
+
+    def step(self) -> Iterator[tuple[Request, str]]:
+        """Admit who waits, read at most CHUNKS chunks of prompts, decode a block; gives who got which new text.
+
+        A request is finished when its answer has a `finish_reason`. Where this is left by an exception, what the slots
+        held is lost, and the next call reads it again.
+        """
+        if self._caches is None:
+            self._begin_anew()
+        self._admit()
+        yield from self._read()
+        yield from self._decode()
+
+    # ---- Admission --------------------------------------------------------------------------------------------------
+
+    def _begin_anew(self) -> None:
+        """Empty caches; who had a slot waits in front, and goes on where the answer was."""
+        active = [slot for slot in self.slots if slot.request is not None]
+        self.waiting.extendleft(slot.request for slot in sorted(active, key=lambda slot: -slot.used) if slot.request)
+        self.slots = [Slot(row) for row in range(len(self.slots))]
+        self._caches = slots.empty(self.model, slots=len(self.slots), length=self._positions(1))
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait, first come, first served, as far as their pictures can be encoded."""
+        admitted: list[Request] = []
+        missing: dict[bytes, Picture] = {}
+        free = sum(slot.request is None for slot in self.slots)
+        while self.waiting and len(admitted) < free:
+            new = {p.digest: p for p in self.waiting[0].pictures if self._holder(p.digest) is None}
+            if admitted and len(missing | new) > PICTURES:
+                break
+            missing |= new
+            admitted.append(self.waiting.popleft())
+        encoded = self._encode(list(missing.values()))
+        for request in admitted:
+            self._place(request, encoded)
+
+    def _holder(self, digest: bytes) -> tuple[Slot, int] | None:
+        """A slot, and the tile in it, where a picture's keys and values begin."""
+        places = ((slot, slot.place_of(digest)) for slot in self.slots)
+        return next(((slot, tile) for slot, tile in places if tile is not None), None)
+
+    def _encode(self, pictures: Sequence[Picture]) -> dict[bytes, Layers]:
+        """Keys and values of pictures."""
+        found = {}
+        for start in range(0, len(pictures), PICTURES):
+            some = pictures[start : start + PICTURES]
+            padded = [*some, *[some[0]] * (bucket(len(some)) - len(some))]
+            pixels, ids = np.concatenate([p.pixels for p in padded]), np.concatenate([p.ratio_id for p in padded])
+            features = decode.encode(self.model, self.params, pixels, ids)
+            for i, picture in enumerate(some):
+                tiles = np.arange(picture.tiles, dtype=np.int32)[None] + i * features.shape[1]
+                nobody = np.zeros((*tiles.shape, 2), np.int32)
+                found[picture.digest] = decode.keys_values(self.model, self.params, features, tiles, nobody).layers
+        return found
+
+    def _place(self, request: Request, encoded: dict[bytes, Layers]) -> None:
+        """Give a request the slot that serves it best, and bring its pictures there."""
+        wanted = [*request.marks, *request.answer.tokens][:-1]  # the last token is read for what it foretells
+
+        def known(slot: Slot) -> int:
+            return common(wanted, slot.marks)
+
+        free = [slot for slot in self.slots if slot.request is None]
+        slot, best = max(free, key=lambda slot: (known(slot), -slot.used)), max(self.slots, key=known)
+        if known(best) >= known(slot) + WORTH_A_COPY:
+            slot = min(free, key=lambda slot: slot.used)
+            self._change(slots.copy_row, best.row, slot.row)
+            slot.marks, slot.pictures = list(best.marks), list(best.pictures)
+        slot.marks = slot.marks[: known(slot)]
+        there = sum(isinstance(mark, bytes) for mark in slot.marks)
+        pieces = [encoded.get(p.digest) or self._take(p) for p in request.pictures[there:]]  # before any is overwritten
+        slot.pictures = slot.pictures[:there]
+        for picture, piece in zip(request.pictures[there:], pieces, strict=True):
+            first = sum(each.tiles for each in slot.pictures)
+            self._make_room(tiles=first + picture.tiles)
+            self._change(slots.put_tiles, piece, slot.row, first * self._tile)
+            slot.pictures.append(picture)
+        self._clock += 1
+        slot.request, slot.reading, slot.used = request, True, self._clock
+
+    def _take(self, picture: Picture) -> Layers:
+        if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
+            return self._encode([picture])[picture.digest]
+        slot, tile = held
+        length = picture.tiles * self._tile
+        return slots.take_tiles(self._caches, slot.row, tile * self._tile, length=length)
+
+    # ---- Reading and decoding ---------------------------------------------------------------------------------------
+
+    def _read(self) -> Iterator[tuple[Request, str]]:
+        """Read prompts in turn, a chunk of each; whose prompt ends has its first token."""
+        reading = deque(sorted((slot for slot in self.slots if slot.reading), key=lambda slot: slot.used))
+        for _ in range(CHUNKS):
+            if not reading:
+                return
+            slot = reading.popleft()
+            if (text := self._read_chunk(slot)) is None:
+                reading.append(slot)
+            elif slot.request is not None:
+                yield slot.request, text
+
+    def _read_chunk(self, slot: Slot) -> str | None:
+        """Read a chunk into a slot; the answer's new text where the prompt ends."""
+        request, known = slot.request, len(slot.marks)
+        assert request is not None
+        answer, prompt = request.answer, request.prompt.tokens
+        new = [*prompt, *answer.tokens][known : known + CHUNK]
+        tokens = np.full(bucket(len(new), 16), self.config.pad, np.int32)
+        tokens[: len(new)] = new
+        self._make_room(positions=known + len(tokens))
+        settings = Settings.of([answer.params], [prompt], self.config.stops, self.config.text.vocab)
+        spans, made = slot.spans(self._tiles)[None], np.array([len(answer.tokens)], np.int32)
+        caches, self._caches = self._caches, None
+        self._caches, first = slots.read(
+            *(self.model, self.params, caches, spans, slot.row, tokens, known, len(new) - 1),
+            *(settings, made, counts_of(settings, [answer])),
+            top=top_of([answer]),
+        )
+        slot.marks = [*request.marks, *answer.tokens][: known + len(new)]
+        if known + len(new) < len(prompt) + len(answer.tokens):
+            return None
+        slot.reading = False
+        return self._push(slot, jax.tree.map(lambda x: np.asarray(x)[:, None], first), 0, 1)
+
+    def _decode(self) -> list[tuple[Request, str]]:
+        """A block of new tokens for everyone whose prompt has been read."""
+        rows = [slot for slot in self.slots if slot.request and not slot.reading]
+        if not rows:
+            return []
+        self._make_room(positions=max(len(slot.marks) for slot in rows) + STEPS + 1)
+        n, caches = len(self.slots), self._caches
+        assert caches is not None
+        token, made = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        # Idle rows write at the last position, which nobody ever sees.
+        position, done = np.full(n, caches.text[0].k.shape[2] - 1, np.int32), np.ones(n, bool)
+        spans = np.zeros((n, self._tiles, 2), np.int32)
+        answers, prompts = [IDLE] * n, [[]] * n
+        for slot in rows:
+            assert slot.request is not None
+            answer, i = slot.request.answer, slot.row
+            token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
+            spans[i] = slot.spans(self._tiles)
+            answers[i], prompts[i] = answer, slot.request.prompt.tokens
+        settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
+        counts = counts_of(settings, answers)
+        token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
+        state = decode.State(caches.text, token, position, made, done, counts)
+        cross, self._caches = caches.cross(jnp.asarray(spans), slots.tile_tokens(self.model)), None
+        state, block, columns = decode.decode(
+            self.model, self.params, state, cross, settings, steps=STEPS, top=top_of(answers)
+        )
+        self._caches = dataclasses.replace(caches, text=state.cache)
+        block, columns = jax.device_get((block, columns))
+        requests = [slot.request for slot in rows if slot.request]
+        texts = [self._push(slot, block, slot.row, int(columns)) for slot in rows]
+        return list(zip(requests, texts, strict=True))
+
+    def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
+        """Give an answer its new tokens; all but the last of them are in the cache."""
+        request = slot.request
+        assert request is not None
+        text = request.answer.push(made, row, columns)
+        slot.marks = [*request.marks, *request.answer.tokens[:-1]]
+        if request.answer.finish_reason:
+            slot.request = None
+        return text
+
+    # ---- Memory -----------------------------------------------------------------------------------------------------
+
+    def _change(self, program: Callable[..., Caches], *args: Any) -> None:
+        """Run a program that takes the caches and gives them back."""
+        caches, self._caches = self._caches, None
+        self._caches = program(caches, *args)
+
+    def _make_room(self, *, positions: int = 0, tiles: int = 0) -> None:
+        """Let every slot hold so many positions and tiles."""
+        assert self._caches is not None
+        text, own = self._caches.text[0].k.shape[2], self._tiles
+        if positions > text - 1 or tiles > own:
+            layers, self._caches = {"cache": [*self._caches.text], "image_seq": [*self._caches.tiles]}, None
+            lengths = {
+                "cache": max(text, self._positions(positions)),
+                "image_seq": max(own, bucket(tiles)) * self._tile,
+            }
+            for axis, own_layers in layers.items():
+                for i, layer in enumerate(own_layers):  # one after the other, so that no two whole caches exist
+                    own_layers[i] = slots.longer(self.model, layer, length=lengths[axis], axis=axis)
+            self._caches = Caches(tuple(layers["cache"]), tuple(layers["image_seq"]))
+
+    def _positions(self, needed: int) -> int:
+        """A slot's length, for few programs; the last position is for idle rows."""
+        return min(bucket(needed + 1, 256), self.context + CHUNK)
+
+    @property
+    def _tile(self) -> int:
+        """Positions of a tile in the image cache."""
+        return self.config.vision.padded_tokens if self.config.vision is not None else 1
+
+    @property
+    def _tiles(self) -> int:
+        """Tiles that every slot has room for."""
+        if self._caches is None or not self._caches.tiles:
+            return 0
+        return self._caches.tiles[0].k.shape[2] // self._tile
+
+
+IDLE = Answer(SamplingParams(), (), None)
+
+
+def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None:
+    """int32 [B, V], how often each token is in an answer; None where no row has a penalty."""
+    if settings.in_prompt is None:
+        return None
+    counts = np.zeros(settings.in_prompt.shape, np.int32)
+    for row, answer in zip(counts, answers, strict=True):
+        np.add.at(row, answer.tokens, 1)
+    return jnp.asarray(counts)
+
+
+def top_of(answers: Sequence[Answer]) -> int:
+    """How many of the likeliest tokens to report: none, or as many as anyone may ask for, so that two programs do."""
+    return LOGPROBS_AT_MOST if any(answer.params.logprobs for answer in answers) else 0
+
+
+def digest_of(image: Image.Image) -> bytes:
+    """Equal for pictures of equal pixels and size."""
+    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+
+
+def common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:
+    """How many tokens two sequences have in common from their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

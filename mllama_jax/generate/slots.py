@@ -1,0 +1,122 @@
+"""The compiled programs of the engine: one row of caches that many requests share, read into, copied, lengthened.
+
+Caches are donated wherever they change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mllama_jax.generate.decode import Made, State, choose
+from mllama_jax.generate.sampling import Settings
+from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.mllama import MllamaModel, Params, call
+
+Layers = tuple[KVCache, ...]
+
+
+@struct.dataclass
+class Caches:
+    """What all slots hold.
+
+    Attributes:
+        text: the self-attention cache, [slots, K, S, H] a layer.
+        tiles: keys and values of pictures' tiles, [slots, K, M * N', H] a cross-attention layer; M may be 0.
+    """
+
+    text: Layers
+    tiles: Layers
+
+    def cross(self, spans: jax.Array, tokens: int) -> CrossCache | None:
+        """As the decoder takes it, of rows whose tiles are seen from `spans` int32 [B, M, 2]; None without any."""
+        return CrossCache(self.tiles, spans, tokens) if spans.shape[1] else None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "length"))
+def empty(model: MllamaModel, *, slots: int, length: int) -> Caches:
+    """Caches with room for `length` positions a slot and for no picture."""
+    text, config = empty_cache(model.config.text, slots, length, model.dtype), model.config.text
+    nothing = jnp.zeros((slots, config.kv_heads, 0, config.head_dim), model.dtype)
+    text = jax.tree.map(lambda x: model.constrain(x, *KVCache.axes), text)
+    return Caches(text, tuple(KVCache(nothing, nothing) for _ in config.cross_layers))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="caches")
+def read(
+    model: MllamaModel,
+    params: Params,
+    caches: Caches,
+    spans: jax.Array,
+    row: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    settings: Settings,
+    made: jax.Array,
+    counts: jax.Array | None,
+    *,
+    top: int,
+) -> tuple[Caches, Made]:
+    """Read tokens int [T] into a slot at positions from `start` on, and choose what follows the one at `end` of them.
+
+    `spans` int32 [1, M, 2] say who sees the slot's tiles; `settings`, `made` [1] and `counts` [1, V] are the slot's.
+    """
+    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), caches)
+    positions = (start + jnp.arange(len(tokens)))[None]
+    cross = own.cross(spans, tile_tokens(model))
+    x, text = call(model, params, "__call__", tokens[None], positions, own.text, cross)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
+    caches = dataclasses.replace(caches, text=jax.tree.map(put, caches.text, text))
+    state = State((), made, made, made, jnp.zeros(1, bool), counts)
+    return caches, choose(model, params, x[:, end], state, settings, top)[1]
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def copy_row(caches: Caches, source: jax.Array, target: jax.Array) -> Caches:
+    """Copy all that one slot holds to another."""
+
+    def copy(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, jax.lax.dynamic_slice_in_dim(x, source, 1), target, 0)
+
+    return jax.tree.map(copy, caches)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def take_tiles(caches: Caches, row: jax.Array, start: jax.Array, *, length: int) -> Layers:
+    """Keys and values of tiles that a slot holds, [1, K, length, H] a layer."""
+
+    def take(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (row, 0, start, 0), (1, x.shape[1], length, x.shape[3]))
+
+    return jax.tree.map(take, caches.tiles)
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def put_tiles(caches: Caches, tiles: Layers, row: jax.Array, start: jax.Array) -> Caches:
+    """Put keys and values [1, K, length, H] a layer into a slot."""
+
+    def put(x: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(x, new, (row, 0, start, 0))
+
+    return dataclasses.replace(caches, tiles=jax.tree.map(put, caches.tiles, tiles))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length", "axis"))
+def longer(model: MllamaModel, layer: KVCache, *, length: int, axis: str) -> KVCache:
+    """A layer's keys and values with room for `length` positions; `axis` is what these are called on a mesh."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+        return model.constrain(x, "batch", "kv_heads", axis, "head_dim")
+
+    return jax.tree.map(pad, layer)
+
+
+def tile_tokens(model: MllamaModel) -> int:
+    """How many positions of a tile in the image cache are real; see `CrossCache`."""
+    return model.config.vision.tokens if model.config.vision is not None else 0

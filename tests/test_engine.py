@@ -1,0 +1,255 @@
+"""The engine: whatever comes, goes and fails beside it, a request gets what it gets alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllama_jax import Mllama, SamplingParams
+from mllama_jax.errors import InputError
+from mllama_jax.generate import decode, engine, slots
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.model.mllama import MllamaModel
+from mllama_jax.processing.chat import Prompt, load_template
+from mllama_jax.train.pictures import recipe
+from tests.conftest import SMALL
+
+Draw = Callable[..., Image.Image]
+IMAGE = 768
+SCHEDULES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    prompt: Prompt
+    params: SamplingParams
+    tokens: list[int]  # what it gets alone
+    logprobs: list[float]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Mllama:
+    """Few layers, so that thousands of steps are quick."""
+    assert SMALL.vision is not None
+    config = dataclasses.replace(
+        SMALL,
+        text=dataclasses.replace(SMALL.text, layers=3, cross_layers=(1,)),
+        vision=dataclasses.replace(SMALL.vision, layers=1, taps=(0,)),
+    )
+    params = jax.jit(lambda key: recipe.start(key, config))(jax.random.key(0))
+    directory = tmp_path_factory.mktemp("tiny")
+    return Mllama(MllamaModel(config), params, None, load_template(directory), directory)
+
+
+@pytest.fixture(scope="module")
+def cases(tiny: Mllama) -> list[Case]:
+    """Prompts of 2 to 90 tokens that share beginnings and pictures, some drawn at random, some with penalties."""
+    draw, rng = random.Random(0), np.random.default_rng(0)
+    sizes = ((60, 90), (56, 56), (200, 40))
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
+    beginnings = [[512], [512, *range(30)], [512, IMAGE, *range(40, 60)], [512, *range(30), IMAGE, IMAGE, 5]]
+    options: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"repetition_penalty": 1.3, "logit_bias": {7: 3.0}}]
+    prompts, params = [], []
+    for i in range(24):
+        tokens = [*draw.choice(beginnings), *(draw.randrange(500) for _ in range(draw.randint(1, 50)))]
+        images = [pictures[i % 2], *draw.choices(pictures, k=2)][: tokens.count(IMAGE)]
+        prompts.append(Prompt(tokens, images))
+        chosen = options[max(0, i % 6 - 3)]
+        params.append(SamplingParams(max_new_tokens=draw.randint(1, 14), stop_ids=(), seed=i, **chosen))
+    answers = tiny._answers(prompts, params)
+    return [
+        Case(prompt, own, answer.tokens, answer.logprobs)
+        for prompt, own, answer in zip(prompts, params, answers, strict=True)
+    ]
+
+
+@pytest.fixture
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short blocks and chunks, so that much happens between them."""
+    for name, value in (("STEPS", 4), ("CHUNK", 16), ("CHUNKS", 2), ("WORTH_A_COPY", 8)):
+        monkeypatch.setattr(engine, name, value)
+
+
+def request(model: Mllama, case: Case) -> Request:
+    return Request.of(model.config, case.prompt, Answer(case.params, (), None))
+
+
+def check(case: Case, answer: Answer) -> None:
+    assert answer.tokens == case.tokens
+    np.testing.assert_allclose(answer.logprobs, case.logprobs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("brisk")
+def test_every_schedule_gives_what_each_gets_alone(tiny: Mllama, cases: list[Case]) -> None:
+    """Random arrivals, cancellations and losses of all caches; slots keep what earlier schedules left."""
+    served = Engine(tiny.model, tiny.params, slots=3, context=256)
+    prepared = [request(tiny, case) for case in cases]
+    finished = cancelled = lost = 0
+    for schedule in range(SCHEDULES):
+        draw = random.Random(schedule)
+        coming = [(draw.randrange(6), draw.randrange(len(cases))) for _ in range(draw.randint(1, 7))]
+        leaving = {i: draw.randrange(1, 8) for i in range(len(coming)) if draw.random() < 0.2}
+        live: dict[int, tuple[Case, Request]] = {}
+        for clock in range(1000):
+            for i, (when, number) in enumerate(coming):
+                if when == clock:
+                    own = dataclasses.replace(prepared[number], answer=Answer(cases[number].params, (), None))
+                    live[i] = cases[number], own
+                    served.submit(own)
+                if i in live and leaving.get(i) == clock and not live[i][1].answer.finish_reason:
+                    case, own = live.pop(i)
+                    served.cancel(own)
+                    assert own.answer.tokens == case.tokens[: len(own.answer.tokens)]
+                    cancelled += 1
+            if draw.random() < 0.02:
+                served._caches, lost = None, lost + 1
+            for _ in served.step():
+                pass
+            if clock > 6 and not served.busy:
+                break
+        for case, own in live.values():
+            check(case, own.answer)
+            finished += 1
+    assert not any(slot.request for slot in served.slots)
+    assert min(finished / 2, cancelled, lost) > SCHEDULES / 30
+
+
+def serve(engine: Engine, *requests: Request) -> None:
+    for each in requests:
+        engine.submit(each)
+    while engine.busy:
+        for _ in engine.step():
+            pass
+
+
+def ask(tiny: Mllama, tokens: list[int], *images: Image.Image, new: int = 6) -> Request:
+    answer = Answer(SamplingParams(max_new_tokens=new, stop_ids=()), (), None)
+    return Request.of(tiny.config, Prompt(tokens, list(images)), answer)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each call of the vision tower was given."""
+    found, encode = [], decode.encode
+
+    def counting(model: Any, params: Any, pixels: Any, ratio_ids: Any) -> Any:
+        found.append(len(pixels))
+        return encode(model, params, pixels, ratio_ids)
+
+    monkeypatch.setattr(decode, "encode", counting)
+    return found
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The slot and the number of real tokens of each chunk that was read."""
+    found, read = [], slots.read
+
+    def counting(*args: Any, **options: Any) -> Any:
+        found.append((args[4], args[7] + 1))
+        return read(*args, **options)
+
+    monkeypatch.setattr(slots, "read", counting)
+    return found
+
+
+def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Draw, encoded: list[int]) -> None:
+    served = Engine(tiny.model, tiny.params, slots=3, context=256)
+    serve(served, *(ask(tiny, [512, i, IMAGE, 7], picture(1)) for i in range(5)))
+    serve(served, ask(tiny, [512, 90, IMAGE, 7], picture(1)), ask(tiny, [512, IMAGE, 91], picture(2)))
+    assert encoded == [1, 1]
+
+
+def test_pictures_of_those_who_come_together_are_encoded_together(
+    tiny: Mllama, picture: Draw, encoded: list[int]
+) -> None:
+    served = Engine(tiny.model, tiny.params, slots=4, context=256)
+    serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(4)))
+    assert encoded == [4]
+
+
+def test_a_beginning_that_a_slot_has_read_is_not_read_again(tiny: Mllama, chunks: list[tuple[int, int]]) -> None:
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
+    beginning = [512, *range(100)]
+    first, beside = ask(tiny, [*beginning, 5, 6], new=40), ask(tiny, [*beginning, 7, 8, 9])
+    served.submit(first)
+    next(served.step())  # the first is read and still being answered
+    serve(served, beside)
+    serve(served, ask(tiny, [*beginning, 5, 6, *first.answer.tokens, 11]))
+    assert [read for _, read in chunks] == [103, 3, 2]
+    assert [row for row, _ in chunks] == [0, 1, 0]
+
+
+@pytest.mark.usefixtures("brisk")
+def test_a_long_prompt_lets_the_others_go_on(tiny: Mllama) -> None:
+    """Between two blocks of the others no more than CHUNKS chunks are read."""
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
+    short, long = ask(tiny, [512, 1, 2], new=40), ask(tiny, [512, *range(160)])
+    served.submit(short)
+    list(served.step())
+    served.submit(long)
+    steps = 0
+    while not long.answer.tokens:
+        before = len(short.answer.tokens)
+        list(served.step())
+        assert len(short.answer.tokens) == before + engine.STEPS
+        steps += 1
+    assert steps == -(-161 // (engine.CHUNK * engine.CHUNKS))
+
+
+@pytest.mark.usefixtures("brisk")
+def test_first_come_first_served(tiny: Mllama) -> None:
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
+    requests = [ask(tiny, [512, i], new=3) for i in range(6)]
+    for each in requests:
+        served.submit(each)
+    ended: list[Request] = []
+    while served.busy:
+        ended += [each for each, _ in served.step() if each.answer.finish_reason]
+    assert ended == requests
+
+
+def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
+    served = Engine(tiny.model, tiny.params, slots=2, context=500)
+
+    def held() -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(served._caches))
+
+    serve(served, ask(tiny, [512, 1]))
+    text = held()
+    serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
+    one = held()
+    serve(served, ask(tiny, [512, *range(300)]))
+    assert text < one < held()
+    serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(9)))
+    before = held()
+    serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(9, 20)))
+    assert held() == before
+
+
+def test_a_cancelled_request_leaves_its_slot_at_once(tiny: Mllama) -> None:
+    served = Engine(tiny.model, tiny.params, slots=1, context=256)
+    first, second, third = (ask(tiny, [512, i], new=100) for i in range(3))
+    for each in (first, second, third):
+        served.submit(each)
+    list(served.step())
+    served.cancel(first)
+    served.cancel(second)
+    list(served.step())
+    assert third.answer.tokens
+    assert not second.answer.tokens
+
+
+def test_what_fits_no_slot_is_refused(tiny: Mllama) -> None:
+    served = Engine(tiny.model, tiny.params, slots=1, context=64)
+    with pytest.raises(InputError, match="60 prompt tokens and 6 new ones exceed the 64 positions of a slot"):
+        served.submit(ask(tiny, [512] * 60))
+    assert not served.busy
