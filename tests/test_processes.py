@@ -103,7 +103,7 @@ def test_together_they_are_one_model(spread_directory: Path, tmp_path: Path, sta
 
 @pytest.mark.parametrize(
     ("number", "how", "within"),
-    [(0, signal.SIGKILL, 15), (1, signal.SIGKILL, 15), (0, signal.SIGSTOP, 30), (1, signal.SIGSTOP, 30)],
+    [(0, signal.SIGKILL, 30), (1, signal.SIGKILL, 30), (0, signal.SIGSTOP, 30), (1, signal.SIGSTOP, 30)],
     ids=["coordinator killed", "killed", "coordinator stopped", "stopped"],
 )
 def test_a_lost_process_ends_the_others(number: int, how: signal.Signals, within: float, start: Start) -> None:
@@ -119,10 +119,11 @@ def test_a_lost_process_ends_the_others(number: int, how: signal.Signals, within
     errors = [process.communicate(timeout=within)[1] for process in others]
     print(f"{how.name} of {number}: the others left after {time.monotonic() - began:.1f} s")
     assert [process.returncode for process in others] == [LOST, LOST]
-    for error in errors:
+    silent = f"process {number} gave no sign of life for {SILENCE:.0f} s"
+    for error in errors:  # who leaves second may see the first gone before it hears the silence
         assert error.count("\n") == 1, error
-        told = f"process {number} gave no sign of life for {SILENCE:.0f} s" if how == signal.SIGSTOP else "is gone"
-        assert told in error
+        assert "is gone" in error or (how == signal.SIGSTOP and silent in error), error
+    assert how == signal.SIGKILL or any(silent in error for error in errors), errors
 
 
 def refusals(everyone: Sequence[subprocess.Popen[str]]) -> set[str]:

@@ -276,7 +276,7 @@ class Engine:
         if known + len(new) < len(prompt) + len(answer.tokens):
             return None
         slot.reading = False
-        return self._push(slot, jax.tree.map(lambda x: np.asarray(x)[:, None], first), 0, 1)
+        return self._push(slot, jax.tree.map(lambda x: x[:, None], decode.on_host(first)), 0, 1)
 
     def _decode(self) -> list[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read."""
@@ -306,9 +306,9 @@ class Engine:
             self.model, self.params, state, cross, settings, steps=STEPS, top=top_of(answers)
         )
         self._caches = dataclasses.replace(caches, text=state.cache)
-        block, columns = jax.device_get((block, columns))
+        block, columns = decode.on_host(block), int(columns)
         requests = [slot.request for slot in rows if slot.request]
-        texts = [self._push(slot, block, slot.row, int(columns)) for slot in rows]
+        texts = [self._push(slot, block, slot.row, columns) for slot in rows]
         return list(zip(requests, texts, strict=True))
 
     def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
