@@ -173,7 +173,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
 
 def _along_the_wire(placed: np.ndarray) -> np.ndarray:
     """Reorder each mesh axis so that it winds through the chips that it spans, instead of jumping from row to row."""
-    if not hasattr(placed.flat[0], "coords"):
+    if not hasattr(placed.flat[0], "core_on_chip"):  # GPUs have coordinates of another kind
         return placed
     for axis in range(placed.ndim):
         line = np.moveaxis(placed, axis, 0).reshape(placed.shape[axis], -1)[:, 0]

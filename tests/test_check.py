@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
 from mllama_jax import check
 from mllama_jax.cli import main
+from mllama_jax.generate import decode
 from mllama_jax.sharding.mesh import topology
+from mllama_jax.sharding.programs import STEPS
 from tests.conftest import SMALL
 
 
@@ -24,8 +27,17 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["decode"]["floor"] is None  # of a CPU the planner knows nothing
 
 
-def test_decode_stands_beside_its_floor() -> None:
+def test_decode_stands_beside_its_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, dispatch = [], decode.decode
+
+    def counting(*args: Any, **options: Any) -> Any:
+        result = dispatch(*args, **options)
+        made.append(int(result[2]))
+        return result
+
+    monkeypatch.setattr(decode, "decode", counting)
     found = check.timed(SMALL, "of a toy", topology("v6e:1x1"))
+    assert set(made) == {STEPS}  # all rows go on to the end
     assert found.floor is not None
     assert 0 < found.floor < found.milliseconds
     assert re.fullmatch(r"decode: [\d.]+ ms a step of 8 rows of a toy; the plan's floor is [\d.]+ ms, \d+% of it",

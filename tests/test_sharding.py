@@ -145,6 +145,19 @@ class Chip:
         self.id = coords[0] * 16 + coords[1]
 
 
+class GPU:
+    """A GPU as JAX has it: with coordinates, and no cores on a chip."""
+
+    def __init__(self, number: int):
+        self.id, self.coords, self.process_index = number, (0, 0, number), 0
+        self.platform, self.device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+
+def test_gpus_stay_in_their_order() -> None:
+    mesh = make_mesh({"data": 1, "kv": 4, "q": 2}, [GPU(number) for number in range(8)])
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
 @pytest.mark.parametrize(
     ("grid", "axes", "farthest"),
     [
