@@ -262,7 +262,7 @@ class Mllama:
         decoding = Decoding(self.model, self.params, [*answers, *idle], [*tokens, *[[]] * spare], cross)
         length = bucket(rows.tokens.shape[1] + max(limits), 64)
         cache = decode.new_cache(self.model, len(rows.tokens), length)
-        for block, columns in decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache):
+        for block, columns in decoding.blocks(rows.tokens, rows.lengths, cache):
             for row, answer in enumerate(idle, start=len(tokens)):
                 answer.push(block, row, columns)
             yield block, columns

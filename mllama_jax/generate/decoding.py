@@ -28,21 +28,19 @@ class Decoding:
         prompts: Sequence[Sequence[int]],
         cross: CrossCache | None,
     ):
-        """`prompts` are the rows' whole prompts, wherever their caches begin."""
+        """`prompts` are the rows' whole prompts."""
         self.model, self.params, self.answers, self.cross = model, params, answers, cross
         self.top = max(answer.params.logprobs for answer in answers)
         vocab, stops = model.config.text.vocab, model.config.stops
         self.settings = Settings.of([answer.params for answer in answers], prompts, stops, vocab)
 
-    def blocks(
-        self, tokens: np.ndarray, start: np.ndarray, lengths: np.ndarray, cache: tuple[KVCache, ...]
-    ) -> Iterator[tuple[Made, int]]:
+    def blocks(self, tokens: np.ndarray, lengths: np.ndarray, cache: tuple[KVCache, ...]) -> Iterator[tuple[Made, int]]:
         """Prefill (see `decode.prefill`; it takes the cache), then decode; gives blocks on the host and their columns.
 
         Whoever takes a block pushes it to the answers before asking for the next.
         """
         self.state, first = decode.prefill(
-            self.model, self.params, tokens, start, lengths, cache, self.cross, self.settings, top=self.top
+            self.model, self.params, tokens, lengths, cache, self.cross, self.settings, top=self.top
         )
         yield jax.tree.map(lambda x: np.asarray(x)[:, None], first), 1
         while not all(answer.finish_reason for answer in self.answers):

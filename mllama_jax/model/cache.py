@@ -17,10 +17,13 @@ class KVCache:
 
     Positions stand beside the head width because a TPU keeps the last two axes in tiles of 8 x 128: with the heads
     there it would copy the whole cache at each dispatch.
+
+    `fresh` says that nothing is in it and that what comes first begins at position 0: those tokens need not look at it.
     """
 
     k: jax.Array
     v: jax.Array
+    fresh: bool = struct.field(pytree_node=False, default=False)
     axes: ClassVar[tuple[str, ...]] = ("batch", "kv_heads", "cache", "head_dim")
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
