@@ -9,6 +9,7 @@ from typing import Any
 from mllama_jax.config import TextConfig
 from mllama_jax.generate.decode import CHUNK
 from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
+from mllama_jax.model.mllama import Params
 from mllama_jax.sharding.hlo import Collective
 from mllama_jax.sharding.mesh import Topology
 from mllama_jax.sharding.programs import Programs, Workload
@@ -41,7 +42,7 @@ class Floor:
 def floor(topology: Topology, programs: Programs, load: Workload, collectives: Counter[Collective]) -> Floor:
     """The floors of one decode step in which every cache is full."""
     chip, text, rules = topology.chip, programs.config.text, programs.rules
-    weights = device_bytes(decode_weights(programs))
+    weights = device_bytes(decode_weights(programs.params, text))
     caches = device_bytes((programs.cache(load.slots, load.context), programs.cross(load.slots, load.images)))
     rows = load.slots / rules.parts("batch")
     seen = load.context * len(text.self_layers)
@@ -60,12 +61,12 @@ def floor(topology: Topology, programs: Programs, load: Workload, collectives: C
     )
 
 
-def decode_weights(programs: Programs) -> Any:
+def decode_weights(params: Params, config: TextConfig) -> Any:
     """The parameters that a decode step reads whole: not the embedding, nor what only makes image caches."""
-    text = dict(programs.params["text"])
-    if not programs.config.text.tied:
+    text = dict(params["text"])
+    if not config.tied:
         del text["embedding"]
-    for i in programs.config.text.cross_layers:
+    for i in config.cross_layers:
         layer = dict(text[f"layers_{i}"])
         layer["attention"] = {name: leaf for name, leaf in layer["attention"].items() if name != "kv"}
         text[f"layers_{i}"] = layer
