@@ -48,7 +48,8 @@ def main() -> None:
             (f"prefill, a picture and {args.prompt} tokens", args.prompt, True),
             (f"prefill, {args.prompt} tokens of text", args.prompt, False),
         ):
-            found[name] = measure(lambda i=inputs(tokens, 1, picture=picture): generate(model, i, 1))
+            own = inputs(tokens, 1, picture=picture)
+            found[name] = measure(lambda own=own: generate(model, own, 1))
     print(json.dumps(found))
 
 
