@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-NEW = 17  # tokens of the longer generation that decode steps are counted in
+NEW = 65  # tokens of the longer generation that decode steps are counted in
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ class KVCache:
         def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 0, 1).astype(old.dtype), (0, start, 0))
 
-        return KVCache(*(jax.vmap(put)(*each, positions[:, 0]) for each in ((self.k, k), (self.v, v))))
+        start = positions[:, 0]
+        return KVCache(jax.vmap(put)(self.k, k, start), jax.vmap(put)(self.v, v, start))
 
 
 @struct.dataclass

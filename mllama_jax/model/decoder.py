@@ -42,8 +42,8 @@ class SelfAttention(nn.Module):
         cache = jax.tree.map(lambda x: self.constrain(x, *KVCache.axes), cache)
         q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
         if fresh:
-            own = (jnp.swapaxes(each, 1, 2) for each in (k, kv[:, :, 1]))
-            y = attention(q, *own, positions, UpTo(x.shape[1], first=True))
+            own_k, own_v = (jnp.swapaxes(each, 1, 2) for each in (k, kv[:, :, 1]))
+            y = attention(q, own_k, own_v, positions, UpTo(x.shape[1], first=True))
         else:
             y = attention(q, cache.k, cache.v, positions, UpTo(cache.k.shape[2]))
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")

@@ -1,4 +1,4 @@
-"""Held-out scores of a checkpoint: `python -m mllama_jax.train.pictures.evaluate [DIRECTORY] [--n 1000] [--quantize int8]`."""
+"""Held-out scores of a checkpoint: `python -m mllama_jax.train.pictures.evaluate [DIRECTORY] [--quantize int8]`."""
 
 from __future__ import annotations
 
