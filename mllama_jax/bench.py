@@ -217,7 +217,7 @@ class Bench:
         settings = self._settings(rows)
         position = jnp.full(rows, context - STEPS, jnp.int32)
         token = jnp.arange(rows, dtype=jnp.int32)
-        state = [decode.State(cache, token, position, token, jnp.zeros(rows, bool), None)]
+        state: list[Any] = [decode.State(cache, token, position, token, jnp.zeros(rows, bool), None)]
 
         def dispatch() -> Any:
             start = state.pop().replace(

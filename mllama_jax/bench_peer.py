@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 NEW = 65  # tokens of the longer generation that decode steps are counted in
 
