@@ -278,8 +278,8 @@ class _Watch:
             time.sleep(BEAT)
             now = time.monotonic()
             silent = [i for i, when in self.seen.items() if now - when > SILENCE]
-            if now - self.answered > SILENCE:
-                silent = [0]  # it holds the store
+            if 0 in silent or now - self.answered > SILENCE:
+                silent = [0]  # it holds the store, without which nobody is heard
             if silent:
                 names = ", ".join(map(str, silent))
                 leave(LOST, f"process {names} gave no sign of life for {SILENCE:.0f} s, so process {self.me} leaves")
