@@ -277,9 +277,10 @@ class _Watch:
         while True:
             time.sleep(BEAT)
             now = time.monotonic()
-            silent = [i for i, when in self.seen.items() if now - when > SILENCE]
-            if 0 in silent or now - self.answered > SILENCE:
-                silent = [0]  # it holds the store, without which nobody is heard
+            if now - self.answered > 3 * BEAT:  # process 0 holds the store, without which nobody is heard
+                silent = [0] if now - self.answered > SILENCE else []
+            else:
+                silent = [i for i, when in self.seen.items() if now - when > SILENCE]
             if silent:
                 names = ", ".join(map(str, silent))
                 leave(LOST, f"process {names} gave no sign of life for {SILENCE:.0f} s, so process {self.me} leaves")

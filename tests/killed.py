@@ -52,7 +52,9 @@ def convert_to(source: Path, target: Path, settings: dict[str, Any]) -> None:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """All files but TensorStore's locks, which a kill may leave and nothing minds."""
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.endswith("__lock"))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def finished(target: Path) -> set[str]:
@@ -89,9 +91,9 @@ def main(source: Path, scratch: Path) -> None:
         killed += kill_after(fork(run), target, random.randrange(50))
         if target.exists() and not (target / "unfinished/job.json").exists():  # the first thing to come, the last to go
             left = content(target)
-            if left == expected[i]:
+            assert left in ({}, expected[i])
+            if left:
                 continue
-            assert all(name.startswith("unfinished/") for name in left)
         before = finished(target)
         arrays = {p: p.stat().st_mtime_ns for p in target.rglob("*") if p.is_file() and p.parts[-3] in before}
         assert done(run)
