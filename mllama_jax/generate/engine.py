@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -177,18 +178,17 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to those who wait, first come, first served, as far as their pictures can be encoded."""
-        admitted: list[Request] = []
-        missing: dict[bytes, Picture] = {}
+        admitted, missing = 0, {}
         free = sum(slot.request is None for slot in self.slots)
-        while self.waiting and len(admitted) < free:
-            new = {p.digest: p for p in self.waiting[0].pictures if self._holder(p.digest) is None}
+        for request in itertools.islice(self.waiting, free):
+            new = {p.digest: p for p in request.pictures if self._holder(p.digest) is None}
             if admitted and len(missing | new) > PICTURES:
                 break
-            missing |= new
-            admitted.append(self.waiting.popleft())
+            admitted, missing = admitted + 1, missing | new
         encoded = self._encode(list(missing.values()))
-        for request in admitted:
-            self._place(request, encoded)
+        for _ in range(admitted):
+            self._place(self.waiting[0], encoded)
+            self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
 
     def _holder(self, digest: bytes) -> tuple[Slot, int] | None:
         """A slot, and the tile in it, where a picture's keys and values begin."""
@@ -272,11 +272,12 @@ class Engine:
             *(settings, made, counts_of(settings, [answer])),
             top=top_of([answer]),
         )
-        slot.marks = [*request.marks, *answer.tokens][: known + len(new)]
         if known + len(new) < len(prompt) + len(answer.tokens):
+            slot.marks = [*request.marks, *answer.tokens][: known + len(new)]
             return None
+        first = decode.on_host(first)
         slot.reading = False
-        return self._push(slot, jax.tree.map(lambda x: x[:, None], decode.on_host(first)), 0, 1)
+        return self._push(slot, jax.tree.map(lambda x: x[:, None], first), 0, 1)
 
     def _decode(self) -> list[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read."""
