@@ -98,6 +98,8 @@ def agree(facts: Mapping[str, str]) -> None:
     Raises:
         InputError: they do not; it names each fact that differs, and who has which value.
     """
+    import jax
+
     client, me, n = _client(), *_place()
     if client is None:
         return
@@ -117,6 +119,7 @@ def agree(facts: Mapping[str, str]) -> None:
             told = ", ".join(f"{value} in process {' and '.join(numbers)}" for value, numbers in holders.items())
             differ.append(f"{name}: {told}")
     if differ:
+        jax.distributed.shutdown()  # all leave together: JAX would end those that see process 0 gone
         raise InputError(f"processes differ in {'; '.join(differ)}; start all of them alike")
 
 
