@@ -22,7 +22,7 @@ from mllama_jax.generate.answer import Answer, Completion
 from mllama_jax.generate.batch import Rows, bucket, make_rows
 from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
-from mllama_jax.generate.decoding import Decoding
+from mllama_jax.generate.decoding import blocks
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.look import Look, view, words_of
 from mllama_jax.model.cache import CrossCache
@@ -259,10 +259,12 @@ class Mllama:
         spare = self._up(len(tokens), "batch") - len(tokens)
         rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], [*limits, *[1] * spare])
         idle = [Answer(SamplingParams(max_new_tokens=1), (), None) for _ in range(spare)]
-        decoding = Decoding(self.model, self.params, [*answers, *idle], [*tokens, *[[]] * spare], cross)
         length = bucket(rows.tokens.shape[1] + max(limits), 64)
         cache = decode.new_cache(self.model, len(rows.tokens), length)
-        for block, columns in decoding.blocks(rows.tokens, np.zeros_like(rows.lengths), rows.lengths, cache):
+        everyone, texts = [*answers, *idle], [*tokens, *[[]] * spare]
+        for block, columns in blocks(
+            self.model, self.params, everyone, texts, (rows.tokens, rows.lengths), cache, cross
+        ):
             for row, answer in enumerate(idle, start=len(tokens)):
                 answer.push(block, row, columns)
             yield block, columns

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mllama_jax import planner
+from mllama_jax import bench, planner
 from mllama_jax.convert.command import add_commands
 from mllama_jax.errors import InputError
 from mllama_jax.processes import attend, attended, join_by_name, leaving
@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_commands(commands)
     planner.add_parser(commands)
+    bench.add_parser(commands)
     for command in (generate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -91,9 +91,7 @@ class Programs:
         row = self._array((rows,), jnp.int32, "batch")
         tokens = self._array((rows, load.context), jnp.int32, "batch")
         cache, cross = self.cache(rows, load.context), self.cross(rows, load.images)
-        return decode.prefill.lower(
-            self.model, self.params, tokens, row, row, cache, cross, self._settings(rows), top=0
-        )
+        return decode.prefill.lower(self.model, self.params, tokens, row, cache, cross, self._settings(rows), top=0)
 
     def encode(self) -> jax.stages.Lowered:
         """Encoding as few pictures as the mesh allows."""

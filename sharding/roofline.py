@@ -9,6 +9,7 @@ from typing import Any
 from mllama_jax.config import TextConfig
 from mllama_jax.generate.decode import CHUNK
 from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
+from mllama_jax.model.mllama import Params
 from mllama_jax.sharding.hlo import Collective
 from mllama_jax.sharding.mesh import Topology
 from mllama_jax.sharding.programs import Programs, Workload
@@ -41,7 +42,7 @@ class Floor:
 def floor(topology: Topology, programs: Programs, load: Workload, collectives: Counter[Collective]) -> Floor:
     """The floors of one decode step in which every cache is full."""
     chip, text, rules = topology.chip, programs.config.text, programs.rules
-    weights = device_bytes(decode_weights(programs, load))
+    weights = device_bytes(decode_weights(programs.params, text, pictures=load.images > 0))
     caches = device_bytes((programs.cache(load.slots, load.context), programs.cross(load.slots, load.images)))
     rows = load.slots / rules.parts("batch")
     seen = load.context * len(text.self_layers)
@@ -60,16 +61,16 @@ def floor(topology: Topology, programs: Programs, load: Workload, collectives: C
     )
 
 
-def decode_weights(programs: Programs, load: Workload) -> Any:
+def decode_weights(params: Params, config: TextConfig, *, pictures: bool) -> Any:
     """The parameters that a decode step reads whole: not the embedding, nor what only makes image caches.
 
     Without pictures cross-attention layers are skipped.
     """
-    text = dict(programs.params["text"])
-    if not programs.config.text.tied:
+    text = dict(params["text"])
+    if not config.tied:
         del text["embedding"]
-    for i in programs.config.text.cross_layers:
-        if not load.images:
+    for i in config.cross_layers:
+        if not pictures:
             del text[f"layers_{i}"]
             continue
         layer = dict(text[f"layers_{i}"])

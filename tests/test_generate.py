@@ -103,9 +103,9 @@ def test_a_stop_token_ends_its_row_and_no_other(small: Mllama, picture: Draw) ->
 
 def prefilled(small: Mllama) -> tuple[decode.State, Settings]:
     settings = settings_of(1, max_new_tokens=4)
-    tokens, start, lengths = jnp.full((1, 16), 5), jnp.array([0]), jnp.array([3])
+    tokens, lengths = jnp.full((1, 16), 5), jnp.array([3])
     cache = empty_cache(small.config.text, 1, 64, small.model.dtype)
-    state, _ = decode.prefill(small.model, small.params, tokens, start, lengths, cache, None, settings, top=0)
+    state, _ = decode.prefill(small.model, small.params, tokens, lengths, cache, None, settings, top=0)
     return state, settings
 
 

@@ -5,6 +5,7 @@ All take the model as a static argument and its parameters as the first dynamic 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,11 @@ from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 CHUNK = 2048  # tokens of a prompt read at once
+
+
+def chunk() -> int:
+    """CHUNK, or more on a GPU: cuDNN's causal attention only knows prompts that are read from their beginning."""
+    return 4 * CHUNK if jax.default_backend() == "gpu" else CHUNK
 
 
 @struct.dataclass
@@ -123,7 +129,8 @@ def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array,
     """Tokens [B, T] with their positions and an empty cache for all of them."""
     rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    return tokens, positions, empty_cache(model.config.text, rows, length, model.dtype)
+    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    return tokens, positions, tuple(dataclasses.replace(layer, fresh=True) for layer in cache)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -145,7 +152,6 @@ def prefill(
     model: MllamaModel,
     params: Params,
     tokens: jax.Array,
-    start: jax.Array,
     lengths: jax.Array,
     cache: tuple[KVCache, ...],
     cross: CrossCache | None,
@@ -153,18 +159,21 @@ def prefill(
     *,
     top: int,
 ) -> tuple[State, Made]:
-    """Read tokens [B, T], of which lengths [B] are real, at positions from start [B] on; make the first new tokens.
+    """Read tokens [B, T], of which lengths [B] are real, and make the first new tokens.
 
-    The cache holds what stands before `start` and has room for `start + T`. Padding behind a row's tokens is read too:
-    decode overwrites what it left in the cache before anything can see it. `top` is how many of the likeliest tokens to
-    report. Long prompts are read in chunks of at most CHUNK tokens, which bounds the memory they need.
+    The cache is empty and has room for T. Padding behind a row's tokens is read too: decode overwrites what it left in
+    the cache before anything can see it. `top` is how many of the likeliest tokens to report. Long prompts are read in
+    chunks of at most `chunk()` tokens, which bounds the memory they need.
     """
     rows, length = tokens.shape
-    size = largest_divisor(length, CHUNK)
+    size = largest_divisor(length, chunk())
+    whole = size == length
 
     def read(carry: tuple, chunk: tuple) -> tuple[tuple, None]:
         (cache, last), (first, own) = carry, chunk
-        x, cache = call(model, params, "__call__", own, start[:, None] + first + jnp.arange(size), cache, cross)
+        positions = jnp.broadcast_to(first + jnp.arange(size), own.shape)
+        cache = tuple(dataclasses.replace(layer, fresh=whole) for layer in cache)
+        x, cache = call(model, params, "__call__", own, positions, cache, cross)
         end = lengths - 1 - first  # where a row's last token is, if in this chunk
         ends = jnp.take_along_axis(x, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return (cache, jnp.where(((end >= 0) & (end < size))[:, None], ends, last)), None
@@ -174,7 +183,7 @@ def prefill(
     (cache, last), _ = jax.lax.scan(read, (cache, last), chunks)
     nothing = jnp.zeros_like(lengths)
     counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
-    state = State(cache, nothing, start + lengths, nothing, jnp.zeros(len(lengths), bool), counts)
+    state = State(cache, nothing, lengths, nothing, jnp.zeros(len(lengths), bool), counts)
     return choose(model, params, last, state, settings, top)
 
 

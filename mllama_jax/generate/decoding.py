@@ -17,40 +17,26 @@ from mllama_jax.model.mllama import MllamaModel, Params
 STEPS = 32  # tokens made in one dispatch
 
 
-class Decoding:
-    """Answers that grow together, one a row. `state` is where they stand; it may be left at any block."""
+def blocks(
+    model: MllamaModel,
+    params: Params,
+    answers: Sequence[Answer],
+    prompts: Sequence[Sequence[int]],
+    rows: tuple[np.ndarray, np.ndarray],
+    cache: tuple[KVCache, ...],
+    cross: CrossCache | None,
+) -> Iterator[tuple[Made, int]]:
+    """Let answers grow together, one a row: blocks of new tokens on the host, and how many of their columns were made.
 
-    def __init__(
-        self,
-        model: MllamaModel,
-        params: Params,
-        answers: Sequence[Answer],
-        prompts: Sequence[Sequence[int]],
-        cross: CrossCache | None,
-    ):
-        """`prompts` are the rows' whole prompts, wherever their caches begin."""
-        self.model, self.params, self.answers, self.cross = model, params, answers, cross
-        self.top = max(answer.params.logprobs for answer in answers)
-        vocab, stops = model.config.text.vocab, model.config.stops
-        self.settings = Settings.of([answer.params for answer in answers], prompts, stops, vocab)
-
-    def blocks(
-        self, tokens: np.ndarray, start: np.ndarray, lengths: np.ndarray, cache: tuple[KVCache, ...]
-    ) -> Iterator[tuple[Made, int]]:
-        """Prefill (see `decode.prefill`; it takes the cache), then decode; gives blocks on the host and their columns.
-
-        Whoever takes a block pushes it to the answers before asking for the next.
-        """
-        self.state, first = decode.prefill(
-            self.model, self.params, tokens, start, lengths, cache, self.cross, self.settings, top=self.top
-        )
-        yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), 1
-        while not all(answer.finish_reason for answer in self.answers):
-            ended = np.array(
-                [answer.finish_reason is not None for answer in self.answers]
-            )  # by a stop text, which we see
-            state = self.state.replace(done=self.state.done | ended)
-            self.state, block, columns = decode.decode(
-                self.model, self.params, state, self.cross, self.settings, steps=STEPS, top=self.top
-            )
-            yield decode.on_host(block), int(columns)
+    `rows` are the prompts as padded tokens int [B, T] and their lengths int [B]; an empty cache is taken. Whoever takes
+    a block pushes it to the answers before asking for the next.
+    """
+    top = max(answer.params.logprobs for answer in answers)
+    settings = Settings.of([each.params for each in answers], prompts, model.config.stops, model.config.text.vocab)
+    state, first = decode.prefill(model, params, *rows, cache, cross, settings, top=top)
+    yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), 1
+    while not all(answer.finish_reason for answer in answers):
+        ended = np.array([answer.finish_reason is not None for answer in answers])  # by a stop text, which we see
+        state = state.replace(done=state.done | ended)
+        state, block, columns = decode.decode(model, params, state, cross, settings, steps=STEPS, top=top)
+        yield decode.on_host(block), int(columns)

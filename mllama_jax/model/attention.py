@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,53 +14,110 @@ from mllama_jax.model.layers import einsum
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
 
 
+@dataclasses.dataclass(frozen=True)
+class UpTo:
+    """A query sees the keys up to its own position: `visible` of causal attention over `keys` positions.
+
+    `first` says that the queries stand at positions 0, 1, 2 ..., one for each key.
+    """
+
+    keys: int
+    first: bool = False
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        return jnp.arange(self.keys) <= positions[:, :, None]
+
+
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array, visible: Callable[[jax.Array], jax.Array]
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: jax.Array | None,
+    visible: Callable[[jax.Array], jax.Array] | None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attend from q [B, T, K, G, H] to k, v [B, K, S, H].
 
-    A query that sees no key gets no meaningful result: callers zero such rows. Long inputs go block by block of
-    queries, so that neither scores nor mask ever exist for all T x S pairs. On a GPU half-precision inputs take cuDNN's
-    fused kernel, which never writes the scores to memory.
+    A query that sees no key gets no meaningful result: callers zero such rows. `back_end` chooses who computes it.
 
     Args:
         queries: [B, T], what `visible` has to know of each query, such as its position.
-        visible: from `queries` [B, t] of some of the T to the keys that these may see, bool [B, t, S].
+        visible: from `queries` [B, t] of some of the T to the keys that these may see, bool [B, t, S]; None for all.
+        scale: of the scores, H ** -0.5 if None.
     """
-    if jax.default_backend() == "gpu" and q.dtype != jnp.float32:
-        return _cudnn(q, k, v, visible(queries))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return back_end(q)(q, k, v, queries, visible, scale)
 
-    def attend(q: jax.Array, queries: jax.Array) -> jax.Array:
-        return einsum("bkgts,bksh->btkgh", attention_weights(q, k, visible(queries)).astype(v.dtype), v)
+
+BackEnd = Callable[..., jax.Array]
+
+
+def back_end(q: jax.Array) -> BackEnd:
+    """What computes attention for queries like these: on a GPU in half precision cuDNN, which writes no scores to
+    memory; XLA otherwise, which has float32."""
+    return cudnn if jax.default_backend() == "gpu" and q.dtype != jnp.float32 else xla
+
+
+def xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array | None, visible: Callable | None, scale: float
+) -> jax.Array:
+    """In plain products. Long inputs go block by block of queries, so that neither scores nor mask ever exist for all
+    T x S pairs."""
+
+    def attend(q: jax.Array, queries: jax.Array | None) -> jax.Array:
+        mask = None if visible is None or queries is None else visible(queries)
+        return einsum("bkgts,bksh->btkgh", attention_weights(q, k, mask, scale).astype(v.dtype), v)
 
     B, T, K, G, _ = q.shape
     t = largest_divisor(T, SCORES_AT_ONCE // (B * K * G * k.shape[2]))
     if t == T:
         return attend(q, queries)
-    blocks = rearrange(q, "b (n t) k g h -> n b t k g h", t=t), rearrange(queries, "b (n t) -> n b t", t=t)
-    return rearrange(jax.lax.map(lambda block: attend(*block), blocks), "n b t k g h -> b (n t) k g h")
+    blocks = rearrange(q, "b (n t) k g h -> n b t k g h", t=t)
+    if queries is not None:
+        queries = rearrange(queries, "b (n t) -> n b t", t=t)
+    blocks = jax.lax.map(lambda block: attend(*block), (blocks, queries))
+    return rearrange(blocks, "n b t k g h -> b (n t) k g h")
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None, scale: float | None = None) -> jax.Array:
     """How much each query of q [B, T, K, G, H] takes of each key of k [B, K, S, H]: float32 [B, K, G, T, S].
 
     The bool mask is [B, T, S]; scores and softmax are float32.
     """
-    scores = einsum("btkgh,bksh->bkgts", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    scores = einsum("btkgh,bksh->bkgts", q, k).astype(jnp.float32) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """cuDNN wants its keys [rows, S, heads, H]."""
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array | None, visible: Callable | None, scale: float
+) -> jax.Array:
+    """By cuDNN's fused kernel, which wants its keys [rows, S, heads, H]; half precision only."""
     B, T, K, G, _ = q.shape
+    lengths = mask = None
+    causal = isinstance(visible, UpTo) and visible.first
+    if isinstance(visible, UpTo) and T == 1 and queries is not None:
+        lengths = queries[:, 0] + 1
+    elif not causal and visible is not None and queries is not None:
+        mask = visible(queries)
     if T == 1:  # a key/value head as a row of its own: the cache stays where it is
         q = rearrange(q, "b t k g h -> (b k) t g h")
         k, v = (rearrange(x, "b k s h -> (b k) s 1 h") for x in (k, v))
-        mask = jnp.repeat(mask, K, axis=0)
+        mask, lengths = (None if x is None else jnp.repeat(x, K, axis=0) for x in (mask, lengths))
     else:
         q = rearrange(q, "b t k g h -> b t (k g) h")
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None],
+        scale=scale,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
     if T == 1:
         return rearrange(y, "(b k) t g h -> b t k g h", b=B)
     return rearrange(y, "b t (k g) h -> b t k g h", g=G)

@@ -17,10 +17,13 @@ class KVCache:
 
     Positions stand beside the head width because a TPU keeps the last two axes in tiles of 8 x 128: with the heads
     there it would copy the whole cache at each dispatch.
+
+    `fresh` says that nothing is in it and that what comes first begins at position 0: those tokens need not look at it.
     """
 
     k: jax.Array
     v: jax.Array
+    fresh: bool = struct.field(pytree_node=False, default=False)
     axes: ClassVar[tuple[str, ...]] = ("batch", "kv_heads", "cache", "head_dim")
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
@@ -29,7 +32,8 @@ class KVCache:
         def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 0, 1).astype(old.dtype), (0, start, 0))
 
-        return KVCache(*(jax.vmap(put)(*each, positions[:, 0]) for each in ((self.k, k), (self.v, v))))
+        start = positions[:, 0]
+        return KVCache(jax.vmap(put)(self.k, k, start), jax.vmap(put)(self.v, v, start))
 
 
 @struct.dataclass

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from mllama_jax.config import TextConfig
 from mllama_jax.model.adapter import CrossAttentionLayer
-from mllama_jax.model.attention import attention
+from mllama_jax.model.attention import UpTo, attention
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.layers import (
     Constrain,
@@ -38,10 +38,14 @@ class SelfAttention(nn.Module):
         kv = Linear("btd,ckhd->btckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"), name="kv")(x)
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, positions, frequencies), rotate(kv[:, :, 0], positions, frequencies)
-        cache = cache.write(k, kv[:, :, 1], positions)
+        fresh, cache = cache.fresh, cache.write(k, kv[:, :, 1], positions)
         cache = jax.tree.map(lambda x: self.constrain(x, *KVCache.axes), cache)
         q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
-        y = attention(q, cache.k, cache.v, positions, lambda t: jnp.arange(cache.k.shape[2]) <= t[:, :, None])
+        if fresh:
+            own_k, own_v = (jnp.swapaxes(each, 1, 2) for each in (k, kv[:, :, 1]))
+            y = attention(q, own_k, own_v, positions, UpTo(x.shape[1], first=True))
+        else:
+            y = attention(q, cache.k, cache.v, positions, UpTo(cache.k.shape[2]))
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
         y = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"), name="out")(y)
         return self.constrain(y, "batch", "seq", "residual"), cache

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mllama_jax.config import RopeScaling
+from mllama_jax.model.quantize import product
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[..., jax.Array]
@@ -34,7 +35,10 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
 
 
 class Linear(nn.Module):
-    """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`."""
+    """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`.
+
+    An int8 kernel has a `scale` [out...] beside it, see `quantize`.
+    """
 
     equation: str
     shape: tuple[int, ...]
@@ -44,7 +48,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.shape[-1] ** -0.5)
-        y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
+        kernel = parameter(self, "kernel", init, self.shape, self.axes)
+        if self.has_variable("params", "scale"):
+            scale = parameter(self, "scale", nn.initializers.ones, self.shape[:-1], self.axes[:-1])
+            y = product(self.equation, x, kernel, scale)
+        else:
+            y = einsum(self.equation, x, kernel.astype(x.dtype))
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, self.shape[:-1], self.axes[:-1]).astype(x.dtype)
         return y

@@ -1,4 +1,4 @@
-"""Held-out scores of a checkpoint: `python -m mllama_jax.train.pictures.evaluate [DIRECTORY] [--n 1000] [--json]`."""
+"""Held-out scores of a checkpoint: `python -m mllama_jax.train.pictures.evaluate [DIRECTORY] [--quantize int8]`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?", default=SHIPPED)
     parser.add_argument("--n", type=int, default=1000, help="questions of each family")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantize", choices=["int8"])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = load(args.model, dtype="float32")
+    model = load(args.model, dtype=args.dtype, quantize=args.quantize)
     report: dict[str, dict[str, float]] = {}
     for family in FAMILIES:
         examples = list(held_out(family, args.n))

@@ -1,0 +1,97 @@
+"""What `mllama bench --versus transformers` runs: the same figures of transformers (sdpa, bfloat16, random weights)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
+
+NEW = 65  # tokens of the longer generation that decode steps are counted in
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("context", "prompt"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("rows", "images"):
+        parser.add_argument(f"--{name}", type=int, nargs="+")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = transformers.MllamaConfig(image_token_index=128256)
+    config.vision_config.image_size = 560
+    config.vision_config.max_num_tiles = 4
+    config.vision_config.norm_eps = 1e-5
+    config.vision_config.intermediate_layers_indices = [3, 7, 15, 23, 30]
+    config.vision_config.vision_output_dim = 7680
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.MllamaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=128004, eos_token_id=None)
+    found = {}
+    with torch.inference_mode():
+        for rows in args.rows:
+            found[f"decode, {rows} rows with a picture"] = step(model, inputs(args.context, rows, picture=True))
+        found["decode, 1 row of text"] = step(model, inputs(args.context, 1, picture=False))
+        for images in args.images:
+            pictures = {k: v for k, v in inputs(1, images, picture=True).items() if k in ENCODER}
+            found[f"encode, {images} pictures"] = measure(
+                lambda p=pictures: model.model.multi_modal_projector(model.model.vision_model(**p).last_hidden_state)
+            )
+        for name, tokens, picture in (
+            ("first token, a picture and 128 tokens", 128, True),
+            (f"prefill, a picture and {args.prompt} tokens", args.prompt, True),
+            (f"prefill, {args.prompt} tokens of text", args.prompt, False),
+        ):
+            own = inputs(tokens, 1, picture=picture)
+            found[name] = measure(lambda own=own: generate(model, own, 1))
+    print(json.dumps(found))
+
+
+ENCODER = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
+
+def inputs(tokens: int, rows: int, *, picture: bool) -> dict[str, torch.Tensor]:
+    """Random token ids, with a four-tile picture in every row that all tokens see."""
+    ids = torch.randint(0, 128000, (rows, tokens), device="cuda")
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if picture:
+        ids[:, 0] = 128256
+        found |= {
+            "pixel_values": torch.randn(rows, 1, 4, 3, 560, 560, device="cuda"),
+            "aspect_ratio_ids": torch.full((rows, 1), 6, device="cuda"),
+            "aspect_ratio_mask": torch.ones(rows, 1, 4, dtype=torch.long, device="cuda"),
+            "cross_attention_mask": torch.ones(rows, tokens, 1, 4, dtype=torch.long, device="cuda"),
+        }
+    return found
+
+
+def generate(model: Any, own: dict[str, torch.Tensor], new: int) -> Any:
+    return model.generate(**own, max_new_tokens=new, min_new_tokens=new)
+
+
+def step(model: Any, own: dict[str, torch.Tensor]) -> float:
+    """Milliseconds of a decode step: what NEW tokens take longer than one."""
+    one, more = (measure(lambda n=n: generate(model, own, n), repeat=3) for n in (1, NEW))
+    return (more - one) / (NEW - 1)
+
+
+def measure(run: Callable[[], Any], repeat: int = 5) -> float:
+    """The median, in milliseconds."""
+    times = []
+    for _ in range(repeat + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""int8 weights: a kernel `[out..., in]` with one scale for each output, and activations quantised token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] as int8 [..., D] and its scales float32 [...]: `x = values * scale`, the largest of each at 127."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """`einsum(equation, x, kernel * scale)` over the last axis of x [..., in] and of the int8 kernel [out..., in].
+
+    The sums are int32, of activations quantised here, one scale a token.
+    """
+    values, own = quantize(x)
+    y = jnp.einsum(equation, values, kernel, preferred_element_type=jnp.int32)
+    return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype)
+
+
+def is_quantized(path: tuple[str, ...]) -> bool:
+    """Whether int8 is what `quantize_parameters` stores a parameter in: the kernels of the decoder and of its head."""
+    return path[0] == "text" and path[-1] == "kernel"
+
+
+def quantize_parameters(params: dict[str, Any], quantizer: Callable = quantize) -> dict[str, Any]:
+    """A tree of parameters with int8 kernels in the decoder, each with its `scale` beside; the rest as it is."""
+
+    def walk(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, leaf in tree.items():
+            if isinstance(leaf, dict):
+                made[name] = walk(leaf, (*path, name))
+            elif is_quantized((*path, name)):
+                made[name], made["scale"] = quantizer(leaf)
+            else:
+                made[name] = leaf
+        return made
+
+    return walk(params, ())
