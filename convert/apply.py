@@ -61,8 +61,16 @@ class Parameter:
         array = np.asarray(value)
         return cls(array.shape, array.dtype, lambda index: array[index])
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def whole(self) -> np.ndarray:
         return self.read(everything(self.shape))
+
+    def astype(self, dtype: np.dtype) -> Parameter:
+        """The same in another dtype, rounded to nearest even."""
+        return Parameter(self.shape, dtype, lambda index: self.read(index).astype(dtype, copy=False))
 
 
 Parameters = Mapping[Path, Parameter]
@@ -83,7 +91,7 @@ def parameters(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Param
     """
     names, shapes = _canonical_names(checkpoint, config), check_shapes(checkpoint, config)
     found = {}
-    for row in table(config):
+    for row in table(config, checkpoint.quantized):
         source, shape = row.source(checkpoint.layout), shapes[row.target]
         raw = [names[name] for name in source.names]
         kinds = {checkpoint.dtypes[name] for name in raw}
@@ -135,9 +143,14 @@ def load_parameters(
     return tree
 
 
-def from_tree(params: Mapping[str, Any]) -> dict[Path, Parameter]:
-    """A tree of arrays as `Parameters`."""
-    return {path: Parameter.of(value) for path, value in paths(params).items()}
+def from_tree(params: Mapping[str, Any], dtype: np.dtype) -> dict[Path, Parameter]:
+    """A tree of arrays as `Parameters` of one dtype."""
+    return {path: Parameter.of(value).astype(dtype) for path, value in paths(params).items()}
+
+
+def quantization(parameters: Parameters) -> str | None:
+    """What the decoder's kernels are quantised to."""
+    return "int8" if any(parameter.dtype == np.int8 for parameter in parameters.values()) else None
 
 
 # ---- Writing ------------------------------------------------------------------------------------------------------
@@ -147,22 +160,19 @@ def tensors(
     parameters: Parameters,
     config: MllamaConfig,
     layout: Layout,
-    dtype: np.dtype | None = None,
     extras: Extras | None = None,
     shard: int = 0,
     shards: int = 1,
 ) -> dict[str, LazyArray]:
-    """Every tensor by its name in `layout`, made when it is written; the inverse of `parameters`.
+    """Every tensor of Hugging Face's or Meta's layout by name, made when it is written; the inverse of `parameters`.
 
     Args:
-        dtype: of all tensors; None keeps each parameter's.
         extras: see `extras`.
         shard: in Meta's layout, number of the model-parallel file, of `shards`, whose parts are wanted.
     """
     made, extras = {}, extras or {}
     for row in table(config):
         source, parameter = row.source(layout), parameters[row.target]
-        kind = dtype or parameter.dtype
         shapes = source_shapes(row, source, parameter.shape)
         for i, (name, shape) in enumerate(zip(source.names, shapes, strict=True)):
             split = meta_split(name) if layout == "meta" and shards > 1 else None
@@ -170,8 +180,8 @@ def tensors(
                 raise InputError(f"{name}: {list(shape)} does not divide into {shards} shards along axis {split}")
             lengths = tuple(n // shards if axis == split else n for axis, n in enumerate(shape))
             cut = None if split is None else (split, shard, shards)
-            make = functools.partial(_write, row, source, parameter, i, cut, kind, extras.get(row.name))
-            made[name] = LazyArray(lengths, kind, make)
+            make = functools.partial(_write, row, source, parameter, i, cut, extras.get(row.name))
+            made[name] = LazyArray(lengths, parameter.dtype, make)
     if layout == "meta":
         for name, value in extras.items():
             if name in _DERIVED:
@@ -185,10 +195,9 @@ def _write(
     parameter: Parameter,
     i: int,
     cut: tuple[int, int, int] | None,
-    dtype: np.dtype,
     cells: np.ndarray | None,
 ) -> np.ndarray:
-    """The source tensor number `i` of a parameter; a view where axes and dtype allow it.
+    """The source tensor number `i` of a parameter; a view where axes allow it.
 
     Args:
         cut: axis, number and count, where only one of so many equal pieces is wanted.
@@ -205,7 +214,7 @@ def _write(
         part = backward(row, source.patterns[i], part, shortened)
     if cut is not None and shortened is None:
         part = np.split(part, cut[2], cut[0])[cut[1]]
-    return part.astype(dtype, copy=False)
+    return part
 
 
 Extras = Mapping[str, np.ndarray]
@@ -274,9 +283,10 @@ def check_shapes(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Sha
     Raises:
         InputError: tensors are missing, unexpected or misshapen: how many of each, and the first of them, in one line.
     """
-    shapes = {path: leaf.shape for path, leaf in paths(nn.unbox(abstract_parameters(config))).items()}
+    abstract = paths(nn.unbox(abstract_parameters(config, quantize=checkpoint.quantized)))
+    shapes = {path: leaf.shape for path, leaf in abstract.items()}
     names, expected = _canonical_names(checkpoint, config), {}
-    for row in table(config):
+    for row in table(config, checkpoint.quantized):
         source = row.source(checkpoint.layout)
         expected |= zip(source.names, source_shapes(row, source, shapes[row.target]), strict=True)
     found = {name: checkpoint.shapes[raw] for name, raw in names.items()}

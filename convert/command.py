@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 LAYOUTS = {"orbax": "ours", "hf": "Hugging Face", "meta": "Meta"}
@@ -23,6 +24,7 @@ def add_commands(commands: Any) -> None:
     convert.add_argument("--text-only", action="store_true", help="the decoder alone, a plain Llama 3.1 model")
     convert.add_argument("--text-from", metavar="DIR", help="take the decoder from this text-only checkpoint")
     convert.add_argument("--lora", metavar="DIR", help="merge this LoRA adapter (PEFT's safetensors layout)")
+    convert.add_argument("--quantize", choices=QUANTIZATIONS, help="of the decoder's weights; in our layout only")
     convert.set_defaults(run=_convert)
 
     verify = commands.add_parser("verify", help="check a checkpoint against its manifest; count NaN and infinity")
@@ -36,7 +38,7 @@ def add_commands(commands: Any) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from mllama_jax.convert.run import convert
 
-    names = ("to", "dtype", "shards", "revision", "text_only", "text_from", "lora")
+    names = ("to", "dtype", "shards", "revision", "text_only", "text_from", "lora", "quantize")
     report = convert(args.source, args.target, **{name: getattr(args, name) for name in names})
     if args.json:
         print(json.dumps(report))

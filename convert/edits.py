@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mllama_jax.config import MllamaConfig, TextConfig
@@ -20,6 +22,43 @@ from mllama_jax.convert.model import Model
 from mllama_jax.convert.safetensors import SafetensorsFile
 from mllama_jax.convert.table import Row, table
 from mllama_jax.errors import InputError
+from mllama_jax.model.quantize import is_quantized, quantize
+
+# ---- What numbers are stored in -----------------------------------------------------------------------------------
+
+
+def cast(model: Model, dtype: np.dtype) -> Model:
+    """Every tensor in `dtype`, rounded to nearest even; but for what follows from the configuration."""
+    return dataclasses.replace(
+        model,
+        parameters={path: parameter.astype(dtype) for path, parameter in model.parameters.items()},
+        extras={name: value if value.ndim == 1 else value.astype(dtype) for name, value in model.extras.items()},
+    )
+
+
+def quantized(model: Model) -> Model:
+    """The decoder's kernels in int8, each followed by its scales."""
+    found: dict[tuple[str, ...], Parameter] = {}
+    for path, parameter in model.parameters.items():
+        if not is_quantized(path):
+            found[path] = parameter
+            continue
+        values, scale = (functools.partial(_quantized, parameter, i) for i in (0, 1))
+        found[path] = Parameter(parameter.shape, np.dtype(np.int8), values)
+        found[(*path[:-1], "scale")] = Parameter(parameter.shape[:-1], np.dtype(np.float32), scale)
+    return dataclasses.replace(model, parameters=found)
+
+
+def _quantized(parameter: Parameter, i: int, index: Index) -> np.ndarray:
+    return _pair(parameter)[i][index]
+
+
+@functools.lru_cache(maxsize=1)  # values and scales are asked for one after the other
+def _pair(parameter: Parameter) -> tuple[np.ndarray, np.ndarray]:
+    with jax.default_device(jax.devices("cpu")[0]):
+        values, scale = jax.jit(quantize)(parameter.whole())
+    return np.asarray(values), np.asarray(scale)
+
 
 # ---- The decoder --------------------------------------------------------------------------------------------------
 

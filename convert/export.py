@@ -19,7 +19,7 @@ from mllama_jax.model.mllama import Params
 def write_hf(directory: Path, params: Params, config: MllamaConfig, dtype: np.dtype) -> None:
     """Write config.json, generation_config.json, preprocessor_config.json and model.safetensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    made = tensors(from_tree(params), config, "hf", dtype)
+    made = tensors(from_tree(params, dtype), config, "hf")
     write_safetensors(directory / "model.safetensors", made, {"format": "pt"})
     for name, content in hf_files(config, dtype.name).items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -32,7 +32,7 @@ def write_meta(directory: Path, params: Params, config: MllamaConfig, dtype: np.
     content = json.dumps(meta_params(config), indent=1)
     directory.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
-        part = tensors(from_tree(params), config, "meta", dtype, shard=shard, shards=shards)
+        part = tensors(from_tree(params, dtype), config, "meta", shard=shard, shards=shards)
         write_pth(directory / f"consolidated.{shard:02d}.pth", part)
     (directory / "params.json").write_text(content + "\n")
 

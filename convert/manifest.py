@@ -19,6 +19,7 @@ from mllama_jax.errors import InputError
 TREE, MANIFEST, EXTRA = "_METADATA", "manifest.json", "meta_only."
 VERSION = 1
 DTYPES = {dtype.name: dtype for dtype in map(np.dtype, (ml_dtypes.bfloat16, np.float32, np.float16))}
+_STORED = DTYPES | {"int8": np.dtype(np.int8)}
 
 
 class StoredArrays:
@@ -31,7 +32,7 @@ class StoredArrays:
         return tuple(self.entries[name]["shape"])
 
     def dtype(self, name: str) -> np.dtype:
-        return DTYPES[self.entries[name]["dtype"]]
+        return _STORED[self.entries[name]["dtype"]]
 
     def read(self, name: str) -> StoredArray:
         return StoredArray(self, name)
@@ -54,7 +55,7 @@ class StoredArray:
             )
         with explained(where):
             wanted = array[index][ts.d[:].translate_to[0]]
-            out = np.empty(wanted.shape, DTYPES[expected["dtype"]])  # NumPy's large arrays take huge pages
+            out = np.empty(wanted.shape, _STORED[expected["dtype"]])  # NumPy's large arrays take huge pages
             ts.array(out, copy=False, write=True).write(wanted).result()
             return out
 

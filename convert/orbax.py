@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import Extras, Parameters, paths
+from mllama_jax.convert.apply import Extras, Parameters, paths, quantization
 from mllama_jax.convert.axes import Shape
 from mllama_jax.convert.files import array_bytes
 from mllama_jax.convert.manifest import EXTRA, MANIFEST, TREE, VERSION, canonical, digest_of
@@ -36,11 +36,10 @@ _PIECES, _SMALLEST = 16, 2**18
 _IN_FLIGHT = 2**29  # bytes of arrays that go to disk together; of larger ones only one does
 
 
-def write_arrays(
-    store: Store, parameters: Parameters, config: MllamaConfig, dtype: np.dtype | None, extras: Extras, done: Progress
-) -> None:
+def write_arrays(store: Store, parameters: Parameters, config: MllamaConfig, extras: Extras, done: Progress) -> None:
     """Write every parameter that `done` does not know, the next being read while the last goes to disk."""
-    names = {path: leaf.names for path, leaf in paths(abstract_parameters(config)).items()}
+    abstract = abstract_parameters(config, quantize=quantization(parameters))
+    names = {path: leaf.names for path, leaf in paths(abstract).items()}
     stacks = {row.target: row.hf.stack for row in table(config)}
 
     def write(name: str, value: np.ndarray, chunk: list[int]) -> None:
@@ -64,10 +63,10 @@ def write_arrays(
         for path, parameter in parameters.items():
             name = ".".join(path)
             if done.get(name) is None:
-                value = np.ascontiguousarray(parameter.whole().astype(dtype or parameter.dtype, copy=False))
+                value = np.ascontiguousarray(parameter.whole())
                 while waiting and sum(size for _, size in waiting) + value.nbytes > _IN_FLIGHT:
                     waiting.popleft()[0].result()
-                chunk = _chunk(value.shape, value.dtype.itemsize, names[path], stacks[path])
+                chunk = _chunk(value.shape, value.dtype.itemsize, names[path], stacks.get(path))
                 waiting.append((disk.submit(write, name, value, chunk), value.nbytes))
         for future, _ in waiting:
             future.result()

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.convert import edits
 from mllama_jax.convert.apply import renamed, tensors
 from mllama_jax.convert.export import hf_files, meta_params
@@ -46,6 +45,7 @@ def convert(
     text_only: bool = False,
     text_from: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `source` in another layout into the new or empty directory `target`.
 
@@ -62,6 +62,7 @@ def convert(
         text_only: leave out vision and cross-attention; what is left is a plain Llama 3.1 model.
         text_from: directory of a text-only checkpoint whose decoder takes the place of the source's.
         lora: directory of a LoRA adapter in PEFT's layout, which is added to the weights.
+        quantize: "int8" keeps the decoder's kernels in int8, one scale an output, as `load` does; in our layout only.
 
     Returns:
         What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds.
@@ -75,9 +76,14 @@ def convert(
         raise InputError(f"shards must be 1, 2, 4 or 8, and 1 but for Meta's layout, got {shards} for {to!r}")
     if is_bucket(target) and to != "orbax":
         raise InputError(f"{target}: Hugging Face's and Meta's files are written to disks only; choose orbax")
+    if quantize not in (None, *QUANTIZATIONS) or (quantize and to != "orbax"):
+        known = " or ".join(QUANTIZATIONS)
+        raise InputError(f"quantize must be {known}, and for our layout (orbax), got {quantize!r} for {to!r}")
     start = time.monotonic()
     source = local(source, revision)
     checkpoint = open_checkpoint(source)
+    if checkpoint.quantized:
+        raise InputError(f"{source}: holds {checkpoint.quantized} weights already; convert what it was made from")
     model = read_model(checkpoint)
     if text_from is not None:
         model = edits.with_text(model, read_model(open_checkpoint(text_from)), text_from)
@@ -85,12 +91,16 @@ def convert(
         model = edits.merge_lora(model, lora)
     if text_only:
         model = edits.text_only(model)
-    kind = DTYPES[dtype] if dtype else None
-    if kind is None:
+    if dtype is None:
         _check_dtypes(model)
-    plan = _PLANS[to](model, kind, shards)
+    else:
+        model = edits.cast(model, DTYPES[dtype])
+    if quantize is not None:
+        model = edits.quantized(model)
+    plan = _PLANS[to](model, shards)
     job = {"from": str(absolute(source)), "to": to, "dtype": dtype, "shards": shards, "text_only": text_only}
     job |= {key: str(absolute(value)) for key, value in (("text_from", text_from), ("lora", lora)) if value}
+    job |= {"quantize": quantize} if quantize else {}
     job["fingerprint"] = _fingerprint([absolute(each) for each in (source, text_from, lora) if each is not None])
     store = Store(target)
     title = f"{checkpoint.layout} -> {to}"
@@ -171,23 +181,22 @@ class Plan:
     write: Callable[[Store, Progress], None]
 
 
-def _to_orbax(model: Model, dtype: np.dtype | None, _: int) -> Plan:
-    sizes = {name: nbytes(array) for name, array in tensors(model.parameters, model.config, "orbax", dtype).items()}
-    kept = {n: v if dtype is None or v.ndim == 1 else v.astype(dtype) for n, v in model.extras.items()}
+def _to_orbax(model: Model, _: int) -> Plan:
+    sizes = {".".join(path): parameter.nbytes for path, parameter in model.parameters.items()}
     files = {
-        **_hf_side_files(model, dtype),
+        **_hf_side_files(model),
         **({"params.json": _json(model.json["params.json"])} if model.json["params.json"] else {}),
     }
 
     def write(store: Store, done: Progress) -> None:
-        write_arrays(store, model.parameters, model.config, dtype, kept, done)
+        write_arrays(store, model.parameters, model.config, model.extras, done)
         write_index(store, model.parameters, files, model.hf_names, done)
 
-    return Plan(sizes | {EXTRA + name: value.nbytes for name, value in kept.items()}, write)
+    return Plan(sizes | {EXTRA + name: value.nbytes for name, value in model.extras.items()}, write)
 
 
-def _to_hf(model: Model, dtype: np.dtype | None, _: int) -> Plan:
-    made = tensors(model.parameters, model.config, "hf", dtype)
+def _to_hf(model: Model, _: int) -> Plan:
+    made = tensors(model.parameters, model.config, "hf")
     if model.hf_names == "4.52" and model.config.vision is not None:
         made = {renamed(name): tensor for name, tensor in made.items()}
     files = _split(made)
@@ -202,7 +211,7 @@ def _to_hf(model: Model, dtype: np.dtype | None, _: int) -> Plan:
                 write_safetensors(path, held, {"format": "pt"}, done.within(file))
         if len(files) > 1:
             store.write("model.safetensors.index.json", _json(index))
-        for name, content in _hf_side_files(model, dtype).items():
+        for name, content in _hf_side_files(model).items():
             store.write(name, content)
 
     return Plan({f"{file}/{name}": nbytes(t) for file, held in files.items() for name, t in held.items()}, write)
@@ -211,7 +220,7 @@ def _to_hf(model: Model, dtype: np.dtype | None, _: int) -> Plan:
 def write_hugging_face(model: Model, directory: Path) -> None:
     """Write `model` without more ado: not resumable."""
     store = Store(directory)
-    plan = _to_hf(model, None, 1)
+    plan = _to_hf(model, 1)
     with Progress(store, {}, plan.sizes, "writing") as done:
         plan.write(store, done)
         done.finish()
@@ -229,12 +238,10 @@ def _split(made: dict[str, LazyArray]) -> dict[str, dict[str, LazyArray]]:
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": held for i, held in enumerate(files, start=1)}
 
 
-def _to_meta(model: Model, dtype: np.dtype | None, shards: int) -> Plan:
+def _to_meta(model: Model, shards: int) -> Plan:
     params = model.json["params.json"] or meta_params(model.config)
     parts = {
-        f"consolidated.{shard:02d}.pth": tensors(
-            model.parameters, model.config, "meta", dtype, model.extras, shard, shards
-        )
+        f"consolidated.{shard:02d}.pth": tensors(model.parameters, model.config, "meta", model.extras, shard, shards)
         for shard in range(shards)
     }
 
@@ -254,9 +261,9 @@ def _unwritten(store: Store, file: str) -> Path | None:
     return None if path.exists() else path
 
 
-def _hf_side_files(model: Model, dtype: np.dtype | None) -> dict[str, bytes]:
+def _hf_side_files(model: Model) -> dict[str, bytes]:
     """What stands beside the weights in Hugging Face's layout; config.json, without which it is none, last."""
-    name = (dtype or model.parameters[("text", "embedding")].dtype).name
+    name = model.parameters[("text", "embedding")].dtype.name
     made = hf_files(model.config, name)
     if kept := model.json["config.json"]:
         made["config.json"] = kept | {key: name for key in ("torch_dtype", "dtype") if key in kept}
@@ -269,7 +276,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-_PLANS: dict[Layout, Callable[[Model, np.dtype | None, int], Plan]] = {
+_PLANS: dict[Layout, Callable[[Model, int], Plan]] = {
     "orbax": _to_orbax,
     "hf": _to_hf,
     "meta": _to_meta,

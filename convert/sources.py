@@ -51,6 +51,11 @@ class Checkpoint:
     def names(self) -> Iterator[str]:
         return iter(self.shapes)
 
+    @property
+    def quantized(self) -> str | None:
+        """What the decoder's kernels are quantised to, which only our layout holds."""
+        return "int8" if self.layout == "orbax" and np.dtype(np.int8) in self.dtypes.values() else None
+
     def extras(self) -> dict[str, np.ndarray]:
         """What our layout keeps of Meta's beyond our parameters."""
         file = StoredArrays(Store(self.directory), self.manifest)
@@ -82,30 +87,39 @@ def open_checkpoint(
 
     Every file's header is checked, and the files against each other; InputError says which file is at fault.
     """
-    directory = absolute(directory) if is_bucket(directory) else Path(directory)
-    if isinstance(directory, BucketPath):
-        return _open_bucket(directory)
-    if not directory.is_dir():
-        fault = "is a file" if directory.exists() else "does not exist"
-        raise InputError(f"{directory}: {fault}; expected a checkpoint directory")
-    if unfinished(Store(directory)):
-        raise InputError(f"{directory}: its conversion has not ended; run the same `mllama convert` again to finish it")
-    present = {path.name for path in directory.iterdir()}
-    if TREE in present:
-        return _open_ours(directory)
+    place = absolute(directory) if is_bucket(directory) else Path(directory)
+    if isinstance(place, Path) and not place.is_dir():
+        raise InputError(
+            f"{place}: {'is a file' if place.exists() else 'does not exist'}; expected a checkpoint directory"
+        )
+    store = Store(place)
+    if unfinished(store):
+        raise InputError(f"{place}: its conversion has not ended; run the same `mllama convert` again to finish it")
+    if (place / TREE).exists():
+        return _open_ours(place)
+    present = _names(store, place)
     hf = sorted(present & {_SINGLE, _INDEX})
     meta = sorted(filter(_META_SHARD.fullmatch, present))
     if len(hf) > 1 or (hf and meta) or (len(meta) > 1 and "consolidated.pth" in meta):
-        raise InputError(f"{directory}: ambiguous: holds {' and '.join((hf + meta)[:3])}; keep one checkpoint in it")
+        raise InputError(f"{place}: ambiguous: holds {' and '.join((hf + meta)[:3])}; keep one checkpoint in it")
     if hf:
-        return _open_hf(directory, present)
+        return _open_hf(place, present)
+    if meta and isinstance(place, Path):
+        return _open_meta(place, meta, split_dim)
     if meta:
-        return _open_meta(directory, meta, split_dim)
+        raise InputError(f"{place}: Meta's files are read from disks only; copy them to one")
     hint = "; its folder 'original' may be one" if "original" in present else ""
     raise InputError(
-        f"{directory}: no checkpoint: expected {_SINGLE}, {_INDEX}, consolidated.pth, consolidated.00.pth "
+        f"{place}: no checkpoint: expected {_SINGLE}, {_INDEX}, consolidated.pth, consolidated.00.pth "
         f"or {MANIFEST}{hint}"
     )
+
+
+def _names(store: Store, place: Path | BucketPath) -> set[str]:
+    """Of files, and on a disk of folders."""
+    if isinstance(place, Path):
+        return {path.name for path in place.iterdir()}
+    return {key for key in store.names() if "/" not in key}
 
 
 def _open_hf(directory: Path | BucketPath, present: set[str]) -> Checkpoint:
@@ -126,20 +140,6 @@ def _open_hf(directory: Path | BucketPath, present: set[str]) -> Checkpoint:
         config_json=config,
         generation_json=read_json(generation) if generation.exists() else {},
     )
-
-
-def _open_bucket(directory: BucketPath) -> Checkpoint:
-    store = Store(directory)
-    if unfinished(store):
-        raise InputError(f"{directory}: its conversion has not ended; run the same `mllama convert` again to finish it")
-    if (directory / TREE).exists():
-        return _open_ours(directory)
-    present = {key for key in store.names() if "/" not in key}
-    if present & {_SINGLE, _INDEX}:
-        return _open_hf(directory, present)
-    if any(map(_META_SHARD.fullmatch, present)):
-        raise InputError(f"{directory}: Meta's files are read from disks only; copy them to one")
-    raise InputError(f"{directory}: no checkpoint: expected {_SINGLE}, {_INDEX}, or what `mllama convert` wrote")
 
 
 def _open_ours(directory: Path | BucketPath) -> Checkpoint:

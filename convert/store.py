@@ -106,7 +106,7 @@ class Store:
     def generation(self, key: str) -> bytes:
         """Changes whenever `key` is written."""
         with explained(f"{self.location}/{key}"):
-            return self._files.read(key, byte_range=slice(0, 1)).result().stamp.generation
+            return self._files.read(key, byte_range=slice(0, 0)).result().stamp.generation
 
     def write(self, key: str, content: bytes) -> None:
         with explained(f"{self.location}/{key}"):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
+from mllama_jax.model.quantize import is_quantized
 
 Layout = Literal["hf", "meta", "orbax"]
 
@@ -57,6 +58,9 @@ class Row:
         return {"hf": self.hf, "meta": self.meta, "orbax": Source((self.name,), "... -> ...")}[layout]
 
 
+_NOWHERE = Source((), "...")
+
+
 def _same(target: str, hf: str, meta: str, pattern: str, **sizes: int) -> Row:
     """A row whose single tensor has the same axes in both layouts."""
     return Row(_path(target), Source((hf,), pattern), Source((meta,), pattern), tuple(sizes.items()))
@@ -66,14 +70,19 @@ def _path(target: str) -> tuple[str, ...]:
     return tuple(target.split("/"))
 
 
-def table(config: MllamaConfig) -> list[Row]:
-    """Every row of `config`'s parameter tree; names are Hugging Face's from before transformers 4.52, and Meta's."""
+def table(config: MllamaConfig, quantize: str | None = None) -> list[Row]:
+    """Every row of `config`'s parameter tree; names are Hugging Face's from before transformers 4.52, and Meta's.
+
+    With `quantize` also the scales of the decoder's int8 kernels, which our own layout alone holds.
+    """
     rows = list(_text(config.text, "language_model." if config.vision else ""))
     if config.vision is not None:
         rows += _vision(config.vision)
         ours, hf, meta = "projector/linear", "multi_modal_projector", "vision_model.vision_projection"
         rows.append(_same(f"{ours}/kernel", f"{hf}.weight", f"{meta}.weight", "d e -> d e"))
         rows.append(_same(f"{ours}/bias", f"{hf}.bias", f"{meta}.bias", "d -> d"))
+    if quantize:
+        rows += [Row((*row.target[:-1], "scale"), _NOWHERE, _NOWHERE) for row in rows if is_quantized(row.target)]
     return rows
 
 

@@ -30,7 +30,6 @@ from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
 from mllama_jax.processing.image import choose_canvas, preprocess
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.sharding.rules import Rules
 
 Conversation = Sequence[Mapping[str, Any]]
 Images = Sequence[Sequence[Image.Image]]
@@ -271,9 +270,7 @@ class Mllama:
 
     def _up(self, n: int, axis: str) -> int:
         """`n` rounded up such that a mesh divides an axis of this logical name."""
-        constrain = self.model.constrain
-        parts = constrain.parts(axis) if isinstance(constrain, Rules) else 1
-        return n + -n % parts
+        return n + -n % self.model.constrain.parts(axis)
 
 
 def _shows(parts: Sequence[Any]) -> bool:

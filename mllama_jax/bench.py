@@ -153,8 +153,7 @@ def chip() -> Chip | None:
 
     from mllama_jax.sharding.mesh import CHIPS
 
-    kind = jax.devices()[0].device_kind.lower().replace(" lite", "e").replace(" ", "")
-    return next((chip for name, chip in CHIPS.items() if name in kind), None)
+    return next((chip for chip in CHIPS.values() if jax.devices()[0].device_kind in chip.kinds), None)
 
 
 # ---- Floors -------------------------------------------------------------------------------------------------------
@@ -310,14 +309,8 @@ def random_parameters(config: MllamaConfig, dtype: str) -> Params:
     import jax.numpy as jnp
 
     from mllama_jax.model.mllama import abstract_parameters
-    from mllama_jax.model.quantize import quantize_parameters
 
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nn.unbox(abstract_parameters(config)))
-    if dtype == "int8":
-        tree = quantize_parameters(
-            tree,
-            lambda x: (jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)),
-        )
+    tree = nn.unbox(abstract_parameters(config, jnp.dtype("bfloat16"), quantize="int8" if dtype == "int8" else None))
     return jax.tree.map(normal, tree)
 
 

@@ -113,6 +113,8 @@ class MllamaConfig:
 
 _90B = TextConfig(width=8192, heads=64, hidden=28672, layers=100, cross_layers=tuple(range(3, 100, 5)))
 
+QUANTIZATIONS = ("int8",)  # of the decoder's kernels
+
 PRESETS = {
     "11b": MllamaConfig(vision=VisionConfig(tile=448)),
     "11b-instruct": MllamaConfig(),

@@ -11,19 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from mllama_jax.api import Mllama
-from mllama_jax.config import MllamaConfig
+from mllama_jax.config import QUANTIZATIONS, MllamaConfig
 from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
 from mllama_jax.convert.model import CARRIED
 from mllama_jax.convert.sources import Checkpoint, open_checkpoint
 from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
-from mllama_jax.model.mllama import MllamaModel
+from mllama_jax.model.layers import unconstrained
+from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.model.quantize import is_quantized, quantize_parameters
 from mllama_jax.model.quantize import quantize as quantized
 from mllama_jax.processes import agree
@@ -56,7 +58,7 @@ def load(
         rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes. Several
             processes (see `mllama_jax.processes`) must all give the same of everything here, which is checked.
         quantize: "int8" keeps the decoder's kernels in int8, one scale an output, and quantises activations token by
-            token; half the memory and less to read for each token. On one device.
+            token; half the memory and less to read for each token. A checkpoint that is stored so stays so.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
 
     Raises:
@@ -64,30 +66,26 @@ def load(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize must be int8 or None, got {quantize!r}")
-    if quantize is not None and mesh is not None:
-        raise InputError("quantize works on one device so far; leave mesh out")
+    if quantize not in (None, *QUANTIZATIONS):
+        raise InputError(f"quantize must be {' or '.join(QUANTIZATIONS)} or None, got {quantize!r}")
     checkpoint = open_checkpoint(path)
     if verify and checkpoint.layout != "orbax":
         raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
     if verify:
         check(path)
     config = read_config(checkpoint)
-    agree(_facts(config, {"dtype": dtype, "rules": rules, "mesh": mesh and dict(mesh.shape)}))
+    agree(_facts(config, {"dtype": dtype, "quantize": quantize, "rules": rules, "mesh": mesh and dict(mesh.shape)}))
     with _small_files(checkpoint) as directory:
         tokenizer, template = _tokenizer(directory, config), load_template(directory)
-    model, wanted = MllamaModel(config, jnp.dtype(dtype)), None
+    constrain = unconstrained
     if mesh is not None:
-        placed = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
-        model = MllamaModel(config, jnp.dtype(dtype), placed)
-        wanted = paths(resolve(config, placed, jnp.dtype(dtype)))
-    params = load_parameters(
-        parameters(checkpoint, config), _quantizer(jnp.dtype(dtype)) if quantize else _placer(jnp.dtype(dtype), wanted)
-    )
-    if quantize:
-        params = quantize_parameters(params, lambda pair: pair)
-    return Mllama(model, params, tokenizer, template, Path(path))
+        constrain = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
+    model = MllamaModel(config, jnp.dtype(dtype), constrain)
+    stored = parameters(checkpoint, config)
+    made = quantize is not None and not checkpoint.quantized
+    whole = _wanted(model, None if made else checkpoint.quantized)
+    params = load_parameters(stored, _quantizer(whole, _wanted(model, quantize)) if made else _placer(whole))
+    return Mllama(model, quantize_parameters(params, tuple) if made else params, tokenizer, template, Path(path))
 
 
 def preset_mesh(path: str | os.PathLike[str], preset: str = "serve") -> Mesh:
@@ -120,35 +118,45 @@ def _small_files(checkpoint: Checkpoint) -> Iterator[Path]:
         yield Path(copy)
 
 
+Leaves = Mapping[tuple[str, ...], jax.ShapeDtypeStruct]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def _placer(
-    dtype: np.dtype, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None
-) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
+def _wanted(model: MllamaModel, quantize: str | None) -> Leaves:
+    """What every parameter shall be, and on a mesh where."""
+    if isinstance(model.constrain, Rules):
+        return paths(resolve(model.config, model.constrain, model.dtype, quantize))
+    return paths(nn.unbox(abstract_parameters(model.config, model.dtype, quantize)))
+
+
+def _placer(wanted: Leaves) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
     """A function that puts a parameter where `wanted` says, reading what this process's devices hold of it."""
 
     def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
+        leaf = wanted[path]
+
         @functools.lru_cache(maxsize=1)  # replicas come one after another
         def piece(bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
-            return read(tuple(slice(*each) for each in bounds)).astype(dtype, copy=False)
+            return read(tuple(slice(*each) for each in bounds)).astype(leaf.dtype, copy=False)
 
-        if wanted is None:
+        if leaf.sharding is None:
             return jax.device_put(piece(((None, None),) * len(shape)))
         return jax.make_array_from_callback(
-            shape, wanted[path].sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
+            shape, leaf.sharding, lambda index: piece(tuple((cut.start, cut.stop) for cut in index or ()))
         )
 
     return put
 
 
-def _quantizer(dtype: np.dtype) -> Callable[[tuple[str, ...], tuple[int, ...], Read], Any]:
-    """A function that puts a parameter on the device, one that int8 is for as its values and scales."""
-    put, shrink = _placer(dtype, None), jax.jit(quantized)
+def _quantizer(whole: Leaves, wanted: Leaves) -> Callable[[tuple[str, ...], tuple[int, ...], Read], Any]:
+    """A function that puts a parameter as `whole` says, and what int8 is for then as its values and scales."""
+    put = _placer(whole)
 
     def place(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Any:
-        whole = put(path, shape, read)
-        return shrink(whole) if is_quantized(path) else whole
+        if not is_quantized(path):
+            return put(path, shape, read)
+        places = tuple(wanted[each].sharding for each in (path, (*path[:-1], "scale")))
+        return jax.jit(quantized, out_shardings=None if None in places else places)(put(path, shape, read))
 
     return place
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--context", type=int, default=8192, help="positions of a row")
     parser.add_argument("--images", type=int, default=1, help="pictures of a row, of all tiles each")
     parser.add_argument("--preset", default="serve", help="serve, long-context, evaluate, fsdp, fsdp+tensor")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of the decoder's weights (default: bfloat16)")
     parser.add_argument("--group", type=int, help="devices that share a row (default: as the preset does)")
     parser.add_argument(
         "--arithmetic", action="store_true", help="do not ask the TPU's compiler; an estimate in seconds"
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         Workload(args.slots, args.context, args.images),
         preset=args.preset,
         group=args.group,
+        quantize=args.quantize,
         compiled=False if args.arithmetic else None,
     )
     if args.plot is not None:
@@ -78,7 +81,8 @@ def text(model: str, plan: Plan) -> str:
     asked = "the TPU's compiler" if plan.source == "compiler" else "arithmetic, nothing was compiled"
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
-        f"{model}, bfloat16, on {plan.topology} ({plan.cloud}): {plan.chips} chips, {plan.devices} devices",
+        f"{model}, {plan.quantize or 'bfloat16'}, on {plan.topology} ({plan.cloud}): {plan.chips} chips, "
+        f"{plan.devices} devices",
         f"preset {plan.preset}: {axes}; {plan.load.slots} rows of {plan.load.context} positions, "
         f"{plan.load.images} pictures each; by {asked}",
         "",

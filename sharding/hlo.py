@@ -89,19 +89,26 @@ class Program:
         What is fetched ahead into on-chip memory, or put back from there, is none: the layout says `S(1)`.
         """
         found = []
-        for instructions in self.computations.values():
-            for each in instructions:
-                arrays = [(size, layout) for size, layout in _arrays(each.shape) if size >= least]
-                if self._copies(each) and arrays and not any("S(" in layout for _, layout in arrays):
-                    found.append(f"{each.name} = {each.shape} {each.opcode}")
+        for each in self.executed():
+            arrays = [(size, layout) for size, layout in _arrays(each.shape) if size >= least]
+            if self._copies(each) and arrays and not any("S(" in layout for _, layout in arrays):
+                found.append(f"{each.name} = {each.shape} {each.opcode}")
         return found
+
+    def executed(self) -> Iterator[Instruction]:
+        """Instructions whose results exist in memory: what is fused into another one is not among them."""
+        fused: set[str] = set()
+        fusions = [each for own in self.computations.values() for each in own if each.opcode == "fusion"]
+        for fusion in fusions:
+            fused.update(_CALLED.findall(fusion.rest))
+        return (each for name, own in self.computations.items() if name not in fused for each in own)
 
     def _copies(self, instruction: Instruction) -> bool:
         if instruction.opcode in ("copy", "copy-start", "transpose"):
             return True
         called = [name for name in _CALLED.findall(instruction.rest) if name in self.computations]
         roots = [each for name in called for each in self.computations[name] if each.root]
-        return instruction.opcode == "fusion" and any(each.opcode in ("copy", "transpose") for each in roots)
+        return instruction.opcode == "fusion" and any(self._copies(each) for each in roots)
 
 
 def _arrays(shape: str) -> list[tuple[int, str]]:

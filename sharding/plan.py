@@ -53,6 +53,7 @@ class Plan:
     chips: int
     devices: int
     preset: str
+    quantize: str | None
     mesh: dict[str, int]
     load: Workload
     source: str
@@ -77,6 +78,7 @@ def plan(
     *,
     preset: str = "serve",
     group: int | None = None,
+    quantize: str | None = None,
     compiled: bool | None = None,
     decode: tuple[int, int] | None = None,
 ) -> Plan:
@@ -84,6 +86,7 @@ def plan(
 
     Args:
         group: how many devices share a row (see `rules.mesh_axes`); `evaluate` takes as few as hold the weights.
+        quantize: as `load` takes it.
         compiled: ask the compiler; by default where there is one for this chip.
         decode: bytes of temporaries and code of the decode step, where they are known and all else is by arithmetic.
 
@@ -92,7 +95,7 @@ def plan(
     """
     if compiled is None:
         compiled = topology.chip.platform == "tpu" and has_compiler()
-    programs = programs_on(config, topology, preset, group, abstract=not compiled)
+    programs = programs_on(config, topology, preset, group, quantize, abstract=not compiled)
     _check_load(programs, load)
     found = _compile(programs, load) if compiled else _estimate(programs, load)
     if decode is not None:
@@ -110,6 +113,7 @@ def plan(
         chips=topology.chips,
         devices=topology.devices,
         preset=preset,
+        quantize=quantize,
         mesh=dict(programs.rules.mesh.shape),
         load=load,
         source="compiler" if compiled else "arithmetic",
@@ -124,17 +128,23 @@ def plan(
         floor=limits,
         binds=limits.binds,
         tokens_per_second=load.slots / limits.seconds,
-        nearest=None if fits else _nearest(config, topology, load, preset),
+        nearest=None if fits else _nearest(config, topology, load, preset, quantize),
     )
 
 
 def programs_on(
-    config: MllamaConfig, topology: Topology, preset: str, group: int | None = None, *, abstract: bool = False
+    config: MllamaConfig,
+    topology: Topology,
+    preset: str,
+    group: int | None = None,
+    quantize: str | None = None,
+    *,
+    abstract: bool = False,
 ) -> Programs:
     """A model's programs on a slice under a preset; `abstract` needs no compiler and compiles nothing."""
     check_preset(preset)
     if preset == "evaluate" and group is None:
-        group = _smallest_group(config, topology)
+        group = _smallest_group(config, topology, quantize)
     if preset in ("serve", "long-context") and group is None and topology.slices > 1:
         one = mesh_axes(preset, config, topology.devices // topology.slices)
         group = one["kv"] * one["q"]
@@ -144,7 +154,7 @@ def programs_on(
         mesh: Mesh | AbstractMesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
     else:
         mesh = make_mesh(axes, topology.compile_devices())
-    return Programs(config, preset_rules(preset, config, mesh))
+    return Programs(config, preset_rules(preset, config, mesh), quantize=quantize)
 
 
 def largest_slots(programs: Programs, load: Workload, usable: int, found: dict[str, ProgramPlan]) -> int:
@@ -216,18 +226,18 @@ def _estimate(programs: Programs, load: Workload) -> dict[str, ProgramPlan]:
     }
 
 
-def _smallest_group(config: MllamaConfig, topology: Topology) -> int:
+def _smallest_group(config: MllamaConfig, topology: Topology, quantize: str | None) -> int:
     """The smallest group of devices in which weights leave a quarter of the memory for the rest."""
     most = mesh_axes("serve", config, topology.devices)
     groups = [n for n in range(1, most["kv"] * most["q"] + 1) if (most["kv"] * most["q"]) % n == 0]
     for group in groups:
-        programs = programs_on(config, topology, "evaluate", group, abstract=True)
+        programs = programs_on(config, topology, "evaluate", group, quantize, abstract=True)
         if device_bytes(programs.params) <= 0.75 * topology.chip.hbm:
             return group
     return groups[-1]
 
 
-def _nearest(config: MllamaConfig, topology: Topology, load: Workload, preset: str) -> str | None:
+def _nearest(config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None) -> str | None:
     """The smallest slice that fits, of the same chips if any, by arithmetic."""
     others = [chip for chip in CHIPS.values() if chip.platform == topology.chip.platform and chip != topology.chip]
     for chips in ([topology.chip], others):
@@ -236,16 +246,16 @@ def _nearest(config: MllamaConfig, topology: Topology, load: Workload, preset: s
             if candidate == topology:
                 continue
             try:
-                if plan_fits(config, candidate, load, preset):
+                if plan_fits(config, candidate, load, preset, quantize):
                     return candidate.name
             except InputError:  # the preset cannot be spread over so many devices, or the slots not divided
                 continue
     return None
 
 
-def plan_fits(config: MllamaConfig, topology: Topology, load: Workload, preset: str) -> bool:
+def plan_fits(config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None) -> bool:
     """Whether arithmetic says that `load` fits."""
-    programs = programs_on(config, topology, preset, abstract=True)
+    programs = programs_on(config, topology, preset, quantize=quantize, abstract=True)
     _check_load(programs, load)
     most = max(temporaries(programs, load).values())
     return device_bytes(programs.params) + sum(_caches(programs, load)) + most <= topology.chip.hbm

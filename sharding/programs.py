@@ -67,10 +67,10 @@ class DoesNotFit(Exception):
 class Programs:
     """A model's programs under `rules`, in abstract arrays."""
 
-    def __init__(self, config: MllamaConfig, rules: Rules, dtype: str = "bfloat16"):
+    def __init__(self, config: MllamaConfig, rules: Rules, dtype: str = "bfloat16", quantize: str | None = None):
         self.config, self.rules = config, rules
         self.model = MllamaModel(config, jnp.dtype(dtype), rules)
-        self.params = resolve(config, rules, jnp.dtype(dtype))
+        self.params = resolve(config, rules, jnp.dtype(dtype), quantize)
 
     def decode(self, load: Workload) -> jax.stages.Lowered:
         """A dispatch of decode steps of all slots."""

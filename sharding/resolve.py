@@ -15,7 +15,7 @@ from mllama_jax.model.mllama import Params, abstract_parameters
 from mllama_jax.sharding.rules import Rules
 
 
-def resolve(config: MllamaConfig, rules: Rules, dtype: np.dtype) -> Params:
+def resolve(config: MllamaConfig, rules: Rules, dtype: np.dtype, quantize: str | None = None) -> Params:
     """The tree of parameters as `jax.ShapeDtypeStruct` with shardings.
 
     Raises InputError, naming the parameter, its shape, the mesh and what would work, where an axis does not divide or
@@ -27,12 +27,12 @@ def resolve(config: MllamaConfig, rules: Rules, dtype: np.dtype) -> Params:
         try:
             for size, name in zip(shape, leaf.names, strict=True):
                 check_axis(size, name, rules)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(*leaf.names))
+            return jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=rules.sharding(*leaf.names))
         except InputError as error:
             where = "/".join(key.key for key in path)
             raise InputError(f"{where} {list(shape)} on {rules.describe_mesh()}: {error}") from None
 
-    boxed = abstract_parameters(config)
+    boxed = abstract_parameters(config, dtype, quantize)
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 

@@ -21,6 +21,10 @@ class Bucket(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
+def metadata(name: str, content: bytes, generation: int) -> bytes:
+    return json.dumps({"name": name, "generation": str(generation), "size": str(len(content))}).encode()
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Bucket  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
@@ -53,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.send(404)
         content, generation = found
+        if self.query().get("alt") != "media":
+            return self.send(200, metadata(name, content, generation))
         wanted = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=")
         first, _, last = wanted.partition("-")
         if int(first) >= len(content) and "Range" in self.headers:
@@ -72,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(412)
         self.server.writes += 1
         self.server.objects[name] = (content, self.server.writes)
-        return self.send(200, json.dumps({"name": name, "generation": str(self.server.writes)}).encode())
+        return self.send(200, metadata(name, content, self.server.writes))
 
     def do_DELETE(self) -> None:
         name, found = self.found()

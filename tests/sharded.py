@@ -20,11 +20,12 @@ from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
+from mllama_jax.model.layers import Unconstrained
 from mllama_jax.sharding.hlo import KINDS
 from mllama_jax.sharding.mesh import make_mesh
 from mllama_jax.sharding.programs import Programs, Workload, compile_program
 from mllama_jax.sharding.resolve import device_bytes
-from mllama_jax.sharding.rules import MeshAxes, preset_rules
+from mllama_jax.sharding.rules import MeshAxes, Rules, preset_rules
 
 IMAGE = 768
 
@@ -84,6 +85,33 @@ def compare(directory: str) -> None:
         error = float(np.abs(logits - wanted).max())
         name = rules if isinstance(rules, str) else "custom"
         print(json.dumps({"rules": name, "mesh": axes, "error": error, "tokens": made == tokens}))
+
+
+class Emulated(Unconstrained):
+    """One device that quantises activations in the parts into which `rules` would split them."""
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+
+    def parts(self, name: str | None) -> int:
+        return self.rules.parts(name) if name in ("heads", "mlp") else 1
+
+
+def quantized(directory: str) -> None:
+    """int8 on meshes against one device with the same scales; prints errors, and how far one scale for all is off."""
+    single = mllama_jax.load(directory, dtype="float32", quantize="int8")
+    convert(directory, f"{directory}/int8", to="orbax", quantize="int8")
+    alone, _ = answers(single)
+    for axes in ({"data": 2, "kv": 2, "q": 2}, {"data": 1, "kv": 4, "q": 2}):
+        mesh = make_mesh(axes, jax.devices())
+        split = mllama_jax.load(directory, dtype="float32", mesh=mesh, quantize="int8")
+        stored = mllama_jax.load(f"{directory}/int8", dtype="float32", mesh=mesh)
+        jax.tree.map(np.testing.assert_array_equal, split.params, stored.params)
+        logits, made = answers(split)
+        model = single.model.clone(constrain=Emulated(preset_rules("serve", single.config, mesh)))
+        wanted, tokens = answers(Mllama(model, single.params, None, single.template, Path(directory)))
+        error, other = (float(np.abs(wanted - each).max()) for each in (logits, alone))
+        print(json.dumps({"mesh": axes, "error": error, "other_scales": other, "tokens": made == tokens}))
 
 
 def refuse(directory: str) -> None:
@@ -150,4 +178,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    {"compare": compare, "refuse": refuse, "restore": restore, "clean": clean}[sys.argv[1]](sys.argv[2])
+    for task in (compare, quantized, refuse, restore, clean):
+        if task.__name__ == sys.argv[1]:
+            task(sys.argv[2])

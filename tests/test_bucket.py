@@ -58,6 +58,7 @@ def test_hugging_faces_files_are_read_from_a_bucket(bucket: Bucket, small_direct
         convert(small_directory, split, to="hf")
     for path in split.iterdir():
         bucket.objects[f"theirs/{path.name}"] = (path.read_bytes(), 1000)
+    bucket.objects["theirs/NOTICE"] = (b"", 999)
     bucket.got.clear()
     convert("gs://bucket/theirs", "gs://bucket/converted", to="orbax")
     weights = {name: size for name, size in bucket.got.items() if name.endswith(".safetensors")}
@@ -76,6 +77,10 @@ def test_hugging_faces_files_are_read_from_a_bucket(bucket: Bucket, small_direct
     ):
         bucket.objects[name] = (damaged, 1001)
         assert message in fault(mllama_jax.load, "gs://bucket/theirs")
+    bucket.objects["theirs/consolidated.00.pth"] = (b"", 1)
+    assert "ambiguous: holds model.safetensors.index.json and consolidated.00.pth" in fault(
+        mllama_jax.load, "gs://bucket/theirs"
+    )
     bucket.objects["meta/consolidated.00.pth"] = (b"", 1)
     assert "Meta's files are read from disks only" in fault(mllama_jax.load, "gs://bucket/meta")
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from mllama_jax.config import PRESETS as MODELS
 from mllama_jax.errors import InputError
+from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
 from mllama_jax.sharding.resolve import device_bytes, resolve
@@ -57,6 +58,15 @@ def test_what_cannot_be_placed_is_refused(spread_directory: Path) -> None:
     assert run(8, "refuse", str(spread_directory)) == "refused\n"
 
 
+def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> None:
+    """The same logits and tokens as one device whose activations have a scale for each part that a mesh would have."""
+    for line in run(8, "quantized", str(spread_directory)).splitlines():
+        found = json.loads(line)
+        assert found["error"] <= 1e-5, found
+        assert found["tokens"], found
+        assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
+
+
 def test_our_layout_restores_on_a_mesh(spread_directory: Path) -> None:
     assert run(8, "restore", str(spread_directory)) == "restored\n"
 
@@ -70,12 +80,13 @@ def test_every_logical_axis_is_known() -> None:
     """The table of logical axes names all that parameters and activations use, and nothing else."""
     used: set[str | None] = set()
 
-    def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-        assert len(axes) == x.ndim
-        used.update(axes)
-        return x
+    class Recording(Unconstrained):
+        def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+            assert len(axes) == x.ndim
+            used.update(axes)
+            return x
 
-    model = MllamaModel(SMALL, jnp.dtype("float32"), constrain)
+    model = MllamaModel(SMALL, jnp.dtype("float32"), Recording())
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), method="touch")["params"])
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
         used.update(leaf.names)

@@ -47,7 +47,8 @@ class SelfAttention(nn.Module):
         else:
             y = attention(q, cache.k, cache.v, positions, UpTo(cache.k.shape[2]))
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
-        y = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"), name="out")(y)
+        shape, parts = (D, K * G * H), self.constrain.parts("heads")
+        y = Linear("btf,df->btd", shape, ("embed", "heads"), parts=parts, name="out")(y)
         return self.constrain(y, "batch", "seq", "residual"), cache
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -14,12 +14,29 @@ from mllama_jax.config import RopeScaling
 from mllama_jax.model.quantize import product
 
 Axes = tuple[str | None, ...]
-Constrain = Callable[..., jax.Array]
-"""`constrain(x, "batch", "seq", "residual")` places `x` on a mesh by the logical names of its axes."""
 
 
-def unconstrained(x: jax.Array, *axes: str | None) -> jax.Array:
-    return x
+class Constrain(Protocol):
+    """`constrain(x, "batch", "seq", "residual")` places `x` on a mesh by the logical names of its axes."""
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array: ...
+
+    def parts(self, name: str | None) -> int:
+        """In how many parts a logical axis is split."""
+        ...
+
+
+class Unconstrained:
+    """No mesh."""
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return x
+
+    def parts(self, name: str | None) -> int:
+        return 1
+
+
+unconstrained = Unconstrained()
 
 
 def einsum(equation: str, *operands: jax.Array) -> jax.Array:
@@ -37,13 +54,14 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
 class Linear(nn.Module):
     """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`.
 
-    An int8 kernel has a `scale` [out...] beside it, see `quantize`.
+    An int8 kernel has a `scale` [out...] beside it, see `quantize`; `parts` is in how many a mesh splits `in`.
     """
 
     equation: str
     shape: tuple[int, ...]
     axes: Axes
     bias: bool = False
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,7 +69,7 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", init, self.shape, self.axes)
         if self.has_variable("params", "scale"):
             scale = parameter(self, "scale", nn.initializers.ones, self.shape[:-1], self.axes[:-1])
-            y = product(self.equation, x, kernel, scale)
+            y = product(self.equation, x, kernel, scale, self.parts)
         else:
             y = einsum(self.equation, x, kernel.astype(x.dtype))
         if self.bias:
@@ -98,7 +116,8 @@ class SwiGLU(nn.Module):
         D = x.shape[-1]
         gate_up = Linear("btd,cfd->btcf", (2, self.hidden, D), (None, "mlp", "embed"), name="gate_up")(x)
         gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
-        y = Linear("btf,df->btd", (D, self.hidden), ("embed", "mlp"), name="down")(nn.silu(gate) * up)
+        shape, parts = (D, self.hidden), self.constrain.parts("mlp")
+        y = Linear("btf,df->btd", shape, ("embed", "mlp"), parts=parts, name="down")(nn.silu(gate) * up)
         return self.constrain(y, "batch", "seq", "residual")
 
 

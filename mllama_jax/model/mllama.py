@@ -14,6 +14,7 @@ from mllama_jax.model.adapter import Projector
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.decoder import Decoder
 from mllama_jax.model.layers import Constrain, unconstrained
+from mllama_jax.model.quantize import quantize_parameters
 from mllama_jax.model.vision import VisionEncoder
 
 Params = dict[str, Any]
@@ -75,7 +76,20 @@ def init_parameters(config: MllamaConfig, key: jax.Array) -> Params:
     return nn.unbox(MllamaModel(config).init(key, method="touch"))["params"]
 
 
+def abstract_parameters(
+    config: MllamaConfig, dtype: jax.typing.DTypeLike = "float32", quantize: str | None = None
+) -> Params:
+    """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; nothing is allocated."""
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _traced(config))
+    return quantize_parameters(tree, _abstract_int8) if quantize else tree
+
+
 @functools.lru_cache(maxsize=4)
-def abstract_parameters(config: MllamaConfig) -> Params:
-    """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; traced, nothing is allocated."""
+def _traced(config: MllamaConfig) -> Params:
     return jax.eval_shape(lambda: MllamaModel(config).init(jax.random.key(0), method="touch"))["params"]
+
+
+def _abstract_int8(kernel: nn.LogicallyPartitioned) -> tuple[nn.LogicallyPartitioned, nn.LogicallyPartitioned]:
+    shape, names = kernel.value.shape, kernel.names
+    values, scale = jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
+    return kernel.replace(value=values), kernel.replace(value=scale, names=names[:-1])

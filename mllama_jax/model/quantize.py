@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -16,14 +18,19 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int = 1) -> jax.Array:
     """`einsum(equation, x, kernel * scale)` over the last axis of x [..., in] and of the int8 kernel [out..., in].
 
-    The sums are int32, of activations quantised here, one scale a token.
+    Activations are quantised here, one scale for a token and each of `parts` equal pieces of `in`; a piece's sums are
+    int32, those of all pieces are added in x's dtype. On a mesh that splits `in` so, no scale has to cross it.
     """
-    values, own = quantize(x)
-    y = jnp.einsum(equation, values, kernel, preferred_element_type=jnp.int32)
-    return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype)
+    values, own = quantize(rearrange(x, "... (z i) -> ... z i", z=parts))
+    kernel = rearrange(kernel, "... (z i) -> ... z i", z=parts)
+    tokens, weights, out = re.split(",|->", equation)
+    apart = f"{tokens[:-1]}z{tokens[-1]},{weights[:-1]}z{weights[-1]}->z{out}"
+    y = jnp.einsum(apart, values, kernel, preferred_element_type=jnp.int32)
+    own = jnp.moveaxis(own, -1, 0)
+    return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype).sum(axis=0)
 
 
 def is_quantized(path: tuple[str, ...]) -> bool:
