@@ -25,6 +25,7 @@ SLICES = (
 )
 CHECKED = (("11B", "v6e:1x1"), ("11B", "v5e:2x2"), ("90B", "v6e:2x4"), ("90B", "v5e:4x4"), ("90B", "v5p:2x2x1"),
            ("90B", "v6e:4x4"))  # fmt: skip
+COLUMNS = [(model, quantize) for model in MODELS for quantize in (None, "int8")]
 LOAD = Workload(slots=8, context=8192, images=1)
 
 
@@ -34,41 +35,43 @@ def shallow(config: MllamaConfig, layers: int) -> MllamaConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, layers=layers, cross_layers=cross))
 
 
-def extrapolated(config: MllamaConfig, name: str) -> dict[str, int]:
+def extrapolated(config: MllamaConfig, name: str, quantize: str | None = None) -> dict[str, int]:
     """Bytes of arguments, temporaries and code of decode at full depth, from 5 and 10 layers."""
-    five, ten = (_decode(shallow(config, layers), name) for layers in (5, 10))
+    five, ten = (_decode(shallow(config, layers), name, quantize) for layers in (5, 10))
     more = (config.text.layers - 10) / 5
     sizes = ("arguments", "temporaries", "code")
     return {size: round(getattr(ten, size) + more * (getattr(ten, size) - getattr(five, size))) for size in sizes}
 
 
-def _decode(config: MllamaConfig, name: str) -> Compiled:
-    return compile_program(programs_on(config, topology(name), "serve").decode(LOAD))
+def _decode(config: MllamaConfig, name: str, quantize: str | None = None) -> Compiled:
+    return compile_program(programs_on(config, topology(name), "serve", quantize=quantize).decode(LOAD))
 
 
-def row(model: str, name: str) -> tuple[Plan, dict[str, int] | None]:
+def row(model: str, name: str, quantize: str | None) -> tuple[Plan, dict[str, int] | None]:
     """The plan of a model on a slice, and what was compiled for it: nothing where the weights alone do not fit."""
     config, place = PRESETS[MODELS[model]], topology(name)
-    made = plan(config, place, LOAD, compiled=False)
+    made = plan(config, place, LOAD, quantize=quantize, compiled=False)
     if place.chip.platform == "gpu" or made.weights > made.usable:
         return made, None
-    sizes = extrapolated(config, name)
-    return plan(config, place, LOAD, compiled=False, decode=(sizes["temporaries"], sizes["code"])), sizes
+    sizes = extrapolated(config, name, quantize)
+    known = (sizes["temporaries"], sizes["code"])
+    return plan(config, place, LOAD, quantize=quantize, compiled=False, decode=known), sizes
 
 
 def rows(checked: bool) -> Iterator[str]:
     """The table's lines as they are made."""
-    head = ["", *MODELS, *(f"{model} tokens/s" for model in MODELS)]
+    names = [f"{model} {quantize or 'bf16'}" for model, quantize in COLUMNS]
+    head = ["", *names, *(f"{name} tokens/s" for name in names)]
     yield "| " + " | ".join(head) + " |"
     yield "|---|" + "--:|" * (len(head) - 1)
     notes = []
     for name in SLICES:
         slots, speeds = [], []
-        for model in MODELS:
-            made, sizes = row(model, name)
+        for model, quantize in COLUMNS:
+            made, sizes = row(model, name, quantize)
             slots.append(str(made.largest_slots) if made.largest_slots else "no")
             speeds.append(f"{made.tokens_per_second:.0f}" if made.largest_slots >= LOAD.slots else "")
-            if checked and sizes and (model, name) in CHECKED:
+            if checked and sizes and quantize is None and (model, name) in CHECKED:
                 notes.append(check(model, name, sizes))
         place = topology(name)
         yield (
