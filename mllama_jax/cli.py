@@ -17,6 +17,7 @@ from mllama_jax import bench, planner
 from mllama_jax.convert.command import add_commands
 from mllama_jax.errors import InputError
 from mllama_jax.processes import attend, attended, join_by_name, leaving
+from mllama_jax.serve import command as serve
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
@@ -62,9 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
     chat.set_defaults(run=_chat)
 
-    for command in (generate, chat):
+    served = serve.add_parser(commands)
+    for command in (generate, chat, served):
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
+    for command in (generate, chat):
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
         command.add_argument("--top-k", type=int, default=0)
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare this machine with what Meta's code computes")
     check.set_defaults(run=_check)
 
-    for command in (generate, chat):
+    for command in (generate, chat, served):
         command.add_argument(
             "--preset", help="spread the model over all devices: serve, evaluate, long-context, fsdp, fsdp+tensor"
         )
@@ -130,7 +133,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return sampling
 
 
-def _load(args: argparse.Namespace) -> Mllama:
+def load_model(args: argparse.Namespace) -> Mllama:
     with _stage("starting JAX"):
         import jax
 
@@ -163,7 +166,7 @@ def _chat(args: argparse.Namespace) -> None:
     from mllama_jax.terminal import Terminal
 
     sampling = _sampling(args)
-    Terminal(_load(args).chat(), sampling).run()
+    Terminal(load_model(args).chat(), sampling).run()
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -175,7 +178,7 @@ def _generate(args: argparse.Namespace) -> None:
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
     _join(args)
-    model = _load(args)
+    model = load_model(args)
     if _not_first():  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:

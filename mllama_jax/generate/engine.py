@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -120,12 +120,17 @@ class Engine:
     """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
 
     Its memory grows with the longest request and the most pictures of one, up to `context` positions a slot.
+
+    Attributes:
+        counts: of admitted requests: prompt tokens (`prefix_cache_queries`) and how many of them a slot had read
+            (`prefix_cache_hits`), pictures and how many of them some slot held (`image_cache_...`).
     """
 
     def __init__(self, model: MllamaModel, params: Params, *, slots: int, context: int):
         self.model, self.params, self.context = model, params, min(context, model.config.text.context)
         self.waiting: deque[Request] = deque()
         self.slots = [Slot(row) for row in range(slots)]
+        self.counts: Counter[str] = Counter()
         self._caches: Caches | None = None
         self._clock = 0
 
@@ -137,14 +142,18 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.waiting) or any(slot.request for slot in self.slots)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises InputError where it cannot fit a slot."""
+    def check(self, request: Request) -> None:
+        """Raises InputError where a request cannot fit a slot."""
         prompt, new = len(request.marks), request.answer.params.max_new_tokens
         if prompt + new > self.context:
             raise InputError(
                 f"{prompt} prompt tokens and {new} new ones exceed the {self.context} positions of a slot; shorten the "
                 "prompt or max_new_tokens"
             )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InputError where it cannot fit a slot."""
+        self.check(request)
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -154,6 +163,17 @@ class Engine:
         for slot in self.slots:
             if slot.request is request:
                 slot.request, slot.reading = None, False
+
+    def newest(self) -> Request | None:
+        """The request that was given a slot last, of those that have one; else the first that waits."""
+        active = [slot for slot in self.slots if slot.request is not None]
+        if active:
+            return max(active, key=lambda slot: slot.used).request
+        return self.waiting[0] if self.waiting else None
+
+    def fullness(self) -> float:
+        """The share of the slots' positions, `context` each, that hold something."""
+        return sum(len(slot.marks) for slot in self.slots) / (len(self.slots) * self.context)
 
     def step(self) -> Iterator[tuple[Request, str]]:
         """Admit who waits, read at most CHUNKS chunks of prompts, decode a block; gives who got which new text.
@@ -223,6 +243,9 @@ class Engine:
             self._change(slots.copy_row, best.row, slot.row)
             slot.marks, slot.pictures = list(best.marks), list(best.pictures)
         slot.marks = slot.marks[: known(slot)]
+        held = sum(self._holder(picture.digest) is not None for picture in request.pictures)
+        self.counts.update(prefix_cache_queries=len(request.marks), prefix_cache_hits=len(slot.marks))
+        self.counts.update(image_cache_queries=len(request.pictures), image_cache_hits=held)
         there = sum(isinstance(mark, bytes) for mark in slot.marks)
         pieces = [encoded.get(p.digest) or self._take(p) for p in request.pictures[there:]]  # before any is overwritten
         slot.pictures = slot.pictures[:there]
@@ -250,16 +273,16 @@ class Engine:
             if not reading:
                 return
             slot = reading.popleft()
-            if (text := self._read_chunk(slot)) is None:
+            request = slot.request
+            assert request is not None
+            if (text := self._read_chunk(slot, request)) is None:
                 reading.append(slot)
-            elif slot.request is not None:
-                yield slot.request, text
+            else:
+                yield request, text
 
-    def _read_chunk(self, slot: Slot) -> str | None:
-        """Read a chunk into a slot; the answer's new text where the prompt ends."""
-        request, known = slot.request, len(slot.marks)
-        assert request is not None
-        answer, prompt = request.answer, request.prompt.tokens
+    def _read_chunk(self, slot: Slot, request: Request) -> str | None:
+        """Read a chunk of a request into its slot; the answer's new text where the prompt ends."""
+        answer, prompt, known = request.answer, request.prompt.tokens, len(slot.marks)
         new = [*prompt, *answer.tokens][known : known + CHUNK]
         tokens = np.full(bucket(len(new), 16), self.config.pad, np.int32)
         tokens[: len(new)] = new

@@ -1,0 +1,389 @@
+"""The routes: OpenAI's chat and text completions, and what operators ask."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from mllama_jax.api import Mllama
+from mllama_jax.errors import InputError
+from mllama_jax.generate import engine
+from mllama_jax.generate.answer import Answer
+from mllama_jax.processes import versions
+from mllama_jax.processing.chat import Prompt
+from mllama_jax.serve import protocol
+from mllama_jax.serve.images import read_picture
+from mllama_jax.serve.metrics import Metrics
+from mllama_jax.serve.protocol import Asked
+from mllama_jax.serve.worker import EngineFault, Piece, Worker
+
+log = logging.getLogger("mllama_jax.serve")
+
+PREPARING = 4  # requests whose pictures are prepared at once: a picture may take 400 MB
+RETRY = {"Retry-After": "2"}
+POLICY = (  # of the page, which needs nothing from elsewhere
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        queue: requests that may wait for a slot.
+        body: bytes of a request, which must come within `seconds`.
+        hosts: from which pictures may be fetched.
+        keys: one of which a request must bear, if there are any.
+    """
+
+    queue: int = 256
+    body: int = 32 * 2**20
+    seconds: float = 30.0
+    hosts: frozenset[str] = frozenset()
+    keys: tuple[str, ...] = ()
+
+
+class Refused(Exception):
+    """A request that is answered with a status and a fault."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **headers: str):
+        super().__init__(message)
+        self.response = JSONResponse(protocol.fault(message, kind), status, headers)
+
+
+@dataclasses.dataclass
+class Job:
+    """One answer in progress."""
+
+    request: engine.Request
+    began: float
+    last: float | None = None  # when the last piece came
+    seen: int = 0
+
+    @property
+    def answer(self) -> Answer:
+        return self.request.answer
+
+
+class Service:
+    """A model, its engine, and the requests that it answers."""
+
+    def __init__(self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits):
+        self.model, self.name, self.limits = model, name, limits
+        self.tokenizer = model.tokenizer
+        self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context))
+        self.metrics = Metrics(self.worker)
+        self.ready = False
+        self._preparing = ThreadPoolExecutor(PREPARING)
+
+    def app(self) -> Starlette:
+        routes = [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/ready", self.readiness),
+            Route("/metrics", self.tell_metrics),
+            Route("/version", self.version),
+            Route("/v1/models", self.models),
+            Route("/tokenize", self.guarded(self.tokenize), methods=["POST"]),
+            Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
+            Route("/v1/completions", self.guarded(self.complete), methods=["POST"]),
+        ]
+        app = Starlette(routes=routes)
+        app.add_middleware(Keys, keys=self.limits.keys)
+        return app
+
+    # ---- What operators ask -----------------------------------------------------------------------------------------
+
+    async def page(self, request: Request) -> Response:
+        page = resources.files("mllama_jax.serve").joinpath("page.html").read_text("utf-8")
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def readiness(self, request: Request) -> Response:
+        return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
+
+    async def tell_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": versions()["mllama-jax"], **versions()})
+
+    async def models(self, request: Request) -> Response:
+        card = {"id": self.name, "object": "model", "created": 0, "owned_by": "mllama-jax"}
+        return JSONResponse({"object": "list", "data": [card | {"max_model_len": self.worker.engine.context}]})
+
+    async def tokenize(self, body: dict[str, Any], request: Request) -> Response:
+        if "messages" in body:
+            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+            tokens = (await self._prompt(asked.prompts[0], asked.tools)).tokens
+        else:
+            asked = protocol.text_request(body, self.name)
+            tokens = (await self._prompt(asked.prompts[0], None)).tokens
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.context})
+
+    async def warm(self, conversation: list[Any]) -> None:
+        """Answer a conversation shortly, which compiles what such ones need."""
+        asked = Asked([conversation], {"max_new_tokens": 2}, None, False, False, False)
+        await self._whole(await self._jobs(conversation, asked))
+
+    # ---- Completions ------------------------------------------------------------------------------------------------
+
+    async def chat(self, body: dict[str, Any], request: Request) -> Response:
+        asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+        return await self._respond(asked, request, "chat.completion")
+
+    async def complete(self, body: dict[str, Any], request: Request) -> Response:
+        asked = protocol.text_request(body, self.name)
+        return await self._respond(asked, request, "text_completion")
+
+    async def _respond(self, asked: Asked, request: Request, kind: str) -> Response:
+        jobs = [job for prompt in asked.prompts for job in await self._jobs(prompt, asked)]
+        if self.worker.open + len(jobs) > len(self.worker.engine.slots) + self.limits.queue:
+            raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
+        for job in jobs:
+            self.worker.engine.check(job.request)
+        if asked.stream:
+            return StreamingResponse(self._stream(asked, jobs, kind), media_type="text/event-stream")
+        whole = asyncio.ensure_future(self._whole(jobs))
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait([whole, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                raise ClientDisconnect
+            await whole
+        finally:
+            whole.cancel()
+            gone.cancel()
+        return JSONResponse(self._told(asked, jobs, kind))
+
+    async def _prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
+        if isinstance(prompt, str):
+            assert self.tokenizer is not None
+            return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
+        if isinstance(prompt[0], int):
+            return Prompt(list(prompt), [])
+        return await self._aside(self.model.prompt, prompt, tools)
+
+    async def _jobs(self, asked_prompt: Any, asked: Asked) -> list[Job]:
+        """The answers that a prompt asks for, prepared as far as the engine is not needed."""
+        began = time.monotonic()
+        prompt = await self._prompt(asked_prompt, asked.tools)
+        config = self.model.config
+        room = self.worker.engine.context - len(prompt.tokens)
+        made = []
+        for params in protocol.sampling(asked, room, config.stops).each():
+            answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
+            made.append(Job(await self._aside(engine.Request.of, config, prompt, answer), began))
+        return made
+
+    async def _whole(self, jobs: list[Job]) -> None:
+        async for _ in self._pieces(jobs):
+            pass
+
+    async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; left early, all are cancelled."""
+        heard: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+
+        async def follow(i: int, job: Job) -> None:
+            try:
+                async for piece in self.worker.answer(job.request):
+                    self._observe(job, piece)
+                    heard.put_nowait((i, piece))
+                self._finish(job)
+                heard.put_nowait(None)
+            except Exception as error:
+                heard.put_nowait(error)
+
+        tasks = [asyncio.ensure_future(follow(i, job)) for i, job in enumerate(jobs)]
+        try:
+            left = len(tasks)
+            while left:
+                found = await heard.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    left -= 1
+                else:
+                    yield found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _observe(self, job: Job, piece: Piece) -> None:
+        now = time.monotonic()
+        if job.last is None:
+            self.metrics.first.observe(now - job.began)
+        elif piece.end > job.seen:
+            self.metrics.between.observe((now - job.last) / (piece.end - job.seen))
+        job.last, job.seen = now, piece.end
+
+    def _finish(self, job: Job) -> None:
+        seconds = time.monotonic() - job.began
+        prompt, made = len(job.request.prompt.tokens), len(job.answer.tokens)
+        self.metrics.prompt_tokens.inc(prompt)
+        self.metrics.generation_tokens.inc(made)
+        self.metrics.finished.labels(job.answer.finish_reason).inc()
+        self.metrics.whole.observe(seconds)
+        told = {"event": "answered", "prompt_tokens": prompt, "completion_tokens": made}
+        told |= {
+            "pictures": len(job.request.pictures),
+            "reason": job.answer.finish_reason,
+            "seconds": round(seconds, 3),
+        }
+        log.info("%s", json.dumps(told))
+
+    # ---- As JSON ----------------------------------------------------------------------------------------------------
+
+    def _told(self, asked: Asked, jobs: list[Job], kind: str) -> dict[str, Any]:
+        chat = kind == "chat.completion"
+        choices = []
+        for i, job in enumerate(jobs):
+            answer, calls = job.answer, None
+            choice: dict[str, Any] = {"index": i, "finish_reason": answer.finish_reason, "logprobs": None}
+            if asked.logprobs:
+                choice["logprobs"] = self._logprobs(chat, answer, 0, len(answer.tokens))
+            if chat:
+                calls = protocol.tool_calls(answer.text) if asked.tools else None
+                choice["message"] = {"role": "assistant", "content": None if calls else answer.text, "refusal": None}
+            else:
+                choice["text"] = answer.text
+            if calls:
+                choice["message"]["tool_calls"] = calls
+                choice["finish_reason"] = "tool_calls"
+            choices.append(choice)
+        return protocol.header(kind, self.name) | {"choices": choices, "usage": _usage(jobs)}
+
+    def _logprobs(self, chat: bool, answer: Answer, start: int, end: int) -> dict[str, Any]:
+        assert self.tokenizer is not None
+        told = protocol.chat_logprobs if chat else protocol.text_logprobs
+        return told(answer, self.tokenizer, start, end)
+
+    async def _stream(self, asked: Asked, jobs: list[Job], kind: str) -> AsyncIterator[bytes]:
+        """Server-sent events. With tools an answer is told when it is whole: only then it is known to be a call."""
+        chat = kind == "chat.completion"
+        head = protocol.header(f"{kind}.chunk" if chat else kind, self.name)
+
+        def event(choices: list[Any], **more: Any) -> bytes:
+            return b"data: " + json.dumps(head | {"choices": choices} | more, ensure_ascii=False).encode() + b"\n\n"
+
+        def choice(i: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+            told = {"delta": delta} if chat else {"text": delta.get("content", "")}
+            return {"index": i, **told, "logprobs": logprobs, "finish_reason": reason}
+
+        seen = [0] * len(jobs)
+        if chat:
+            yield event([choice(i, {"role": "assistant", "content": ""}) for i in range(len(jobs))])
+        try:
+            async for i, piece in self._pieces(jobs):
+                logprobs = self._logprobs(chat, jobs[i].answer, seen[i], piece.end) if asked.logprobs else None
+                seen[i] = piece.end
+                if not asked.tools and (piece.text or logprobs):
+                    yield event([choice(i, {"content": piece.text}, logprobs=logprobs)])
+            for i, job in enumerate(jobs):
+                calls = protocol.tool_calls(job.answer.text) if asked.tools else None
+                if calls:
+                    yield event([choice(i, {"tool_calls": [{"index": 0, **call} for call in calls]})])
+                elif asked.tools:
+                    yield event([choice(i, {"content": job.answer.text})])
+                yield event([choice(i, {}, "tool_calls" if calls else job.answer.finish_reason)])
+            if asked.usage:
+                yield event([], usage=_usage(jobs))
+        except EngineFault as error:
+            yield b"data: " + json.dumps(protocol.fault(str(error), "server_error")).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    # ---- How --------------------------------------------------------------------------------------------------------
+
+    def guarded(self, handler: Callable[[dict[str, Any], Request], Awaitable[Response]]) -> Callable[..., Any]:
+        """A route whose body is read within the limits and whose faults become responses."""
+
+        @functools.wraps(handler)
+        async def route(request: Request) -> Response:
+            try:
+                if not self.ready:
+                    raise Refused(
+                        503, "the server is not ready or going down; try again later", "server_error", **RETRY
+                    )
+                response = await handler(protocol.parse(await self._body(request)), request)
+            except Refused as refused:
+                response = refused.response
+            except protocol.ModelNotFound as error:
+                response = JSONResponse(protocol.fault(str(error), "invalid_request_error", "model_not_found"), 404)
+            except InputError as error:
+                response = JSONResponse(protocol.fault(str(error), "invalid_request_error"), 400)
+            except EngineFault as error:
+                response = JSONResponse(protocol.fault(str(error), "server_error"), 500)
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            self.metrics.responses.labels(response.status_code).inc()
+            return response
+
+        return route
+
+    async def _body(self, request: Request) -> bytes:
+        limit, body = self.limits.body, bytearray()
+        too_large = Refused(413, f"body: at most {limit} bytes, got more")
+        if int(request.headers.get("content-length") or 0) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise Refused(408, f"body: did not come within {self.limits.seconds:.0f} s") from None
+        return bytes(body)
+
+    def _picture(self, url: str) -> Any:
+        return read_picture(url, self.limits.hosts)
+
+    async def _aside(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do what takes time outside of the event loop, few at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
+
+
+class Keys:
+    """Lets a request pass that bears one of the keys, or asks for /health."""
+
+    def __init__(self, app: Any, keys: tuple[str, ...]):
+        self.app, self.keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and self.keys and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+            equal = [hmac.compare_digest(given, key) for key in self.keys]  # all, so that none is told by time
+            if not any(equal):
+                fault = protocol.fault("a valid key is needed: Authorization: Bearer ...", "authentication_error")
+                return await JSONResponse(fault, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _usage(jobs: list[Job]) -> dict[str, int]:
+    """Each prompt counts once, however many answers it has."""
+    prompts = {id(job.request.prompt): len(job.request.prompt.tokens) for job in jobs}
+    return protocol.usage(sum(prompts.values()), sum(len(job.answer.tokens) for job in jobs))

@@ -1,0 +1,117 @@
+"""`mllama serve`: load, warm up, listen, drain."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from mllama_jax.errors import InputError
+
+KEYS = "MLLAMA_API_KEYS"  # in the environment, separated by commas
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `serve` to the subcommands of a parser."""
+    parser = commands.add_parser("serve", help="answer over HTTP as OpenAI's API does; a page to talk to is at /")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--name", help="of the model in requests (default: that of its directory)")
+    parser.add_argument("--slots", type=int, default=8, help="requests that are answered at once")
+    parser.add_argument("--context", type=int, default=8192, help="positions of a request, its answer included")
+    parser.add_argument("--queue", type=int, default=256, help="requests that may wait")
+    parser.add_argument(
+        "--image-host", action="append", default=[], help="fetch pictures from there; may be given again"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("slots", "context", "queue"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.port < 2**16:
+        raise InputError(f"--port must be 0 to 65535, got {args.port}")
+    try:
+        import uvicorn
+
+        from mllama_jax.serve.app import Limits, Service
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'mllama-jax[serve]'") from None
+    from mllama_jax.cli import load_model
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    keys = tuple(key for key in os.environ.get(KEYS, "").split(",") if key)
+    model = load_model(args)
+    limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
+    name = args.name or Path(str(args.model).rstrip("/")).name
+    service = Service(model, name, slots=args.slots, context=args.context, limits=limits)
+    listening = _listen(args.host, args.port)
+    shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
+    shown |= {"model": name, "dtype": args.dtype, "slots": args.slots}
+    shown |= {"context": service.worker.engine.context, "queue": args.queue, "image_hosts": args.image_host}
+    print(json.dumps(shown | {"keys": len(keys)}), file=sys.stderr)
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> contextlib.nullcontext[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return contextlib.nullcontext()  # `serve` listens for them, and drains
+
+    config = uvicorn.Config(
+        service.app(), args.host, args.port, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off"
+    )
+    asyncio.run(serve(service, Server(config), listening))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
+
+
+async def serve(service: Any, server: Any, listening: socket.socket) -> None:
+    """Listen at once, be ready after warming up; on SIGTERM or SIGINT answer what is open, take no more, and stop."""
+    loop = asyncio.get_running_loop()
+    service.worker.start()
+    running = asyncio.ensure_future(server.serve(sockets=[listening]))
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    warm = asyncio.ensure_future(warm_up(service))
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait([running, stop, warm], return_when=asyncio.FIRST_COMPLETED)
+    if warm.done():
+        warm.result()  # a model that cannot answer is not served
+        await asyncio.wait([running, stop], return_when=asyncio.FIRST_COMPLETED)
+    service.ready = False
+    warm.cancel()
+    while service.worker.open and not running.done():
+        await asyncio.sleep(0.05)
+    server.should_exit = True
+    await running
+    service.worker.stop()
+
+
+async def warm_up(service: Any) -> None:
+    """Compile what a request with and one without a picture needs, then be ready."""
+    from PIL import Image
+
+    content: list[Any] = [{"type": "text", "text": "Hello"}]
+    conversations = [content]
+    if service.model.config.vision is not None:
+        conversations.append([{"type": "image", "image": Image.new("RGB", (64, 64))}, *content])
+    for each in conversations:
+        await service.warm([{"role": "user", "content": each}])
+    service.ready = True
+    print(json.dumps({"event": "ready"}), file=sys.stderr)

@@ -1,0 +1,252 @@
+"""OpenAI's requests and answers: what is asked, checked field by field, and what is told, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mllama_jax.errors import InputError
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.processing.tokenizer import Tokenizer
+
+MAX_IMAGES = 8  # in one request
+_SAMPLING = {  # fields that are passed on as they are
+    *("temperature", "top_p", "top_k", "min_p", "seed", "n"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+}
+_COMMON = _SAMPLING | {
+    *("model", "stream", "stream_options", "stop", "logprobs", "max_tokens", "logit_bias"),
+    *("stop_token_ids", "ignore_eos", "user"),
+}
+_CHAT = _COMMON | {"messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "response_format"}
+_TEXT = _COMMON | {"prompt", "echo"}
+
+
+class ModelNotFound(InputError):
+    """The request asks for another model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that has been understood.
+
+    Attributes:
+        prompts: conversations, or texts or token ids to go on from.
+        settings: of `SamplingParams`, without `max_new_tokens` where the request sets none.
+        logprobs: whether to report log-probabilities.
+    """
+
+    prompts: list[Any]
+    settings: dict[str, Any]
+    tools: list[Any] | None
+    stream: bool
+    usage: bool
+    logprobs: bool
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """A request's JSON object. Raises InputError."""
+
+    def refuse(name: str) -> None:
+        raise InputError(f"body: {name} is not JSON")
+
+    try:
+        found = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"body: expected JSON, got an error: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"body: expected a JSON object, got {type(found).__name__}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], Image.Image]) -> Asked:
+    """What /v1/chat/completions takes; `picture` opens a URL. Raises InputError, naming the field."""
+    _known(body, _CHAT, model)
+    kind = _typed(body, "response_format", dict, {"type": "text"}).get("type")
+    if kind != "text":
+        raise InputError(f"response_format: expected type 'text', got {kind!r}; other formats are not supported")
+    top, wanted = _typed(body, "top_logprobs", int, 0), _typed(body, "logprobs", bool, False)
+    if top and not wanted:
+        raise InputError("top_logprobs: needs logprobs true")
+    settings = _settings(body, top, _typed(body, "max_completion_tokens", int, body.get("max_tokens")))
+    tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
+    if choice not in ("auto", "none"):
+        raise InputError(f"tool_choice: expected 'auto' or 'none', got {choice!r}")
+    messages = _conversation(body.get("messages"), picture)
+    return Asked([messages], settings, tools if tools and choice == "auto" else None, *_delivery(body), wanted)
+
+
+def text_request(body: Mapping[str, Any], model: str) -> Asked:
+    """What /v1/completions takes: a text, token ids, or several of either. Raises InputError."""
+    _known(body, _TEXT, model)
+    if body.get("echo", False) is not False:
+        raise InputError("echo: expected false, the prompt is not repeated")
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise InputError(f"prompt: expected a text, token ids or a list of either, got {type(prompt).__name__}")
+    for each in prompt:
+        ids = isinstance(each, list) and each and all(type(token) is int for token in each)
+        if not isinstance(each, str) and not ids:
+            raise InputError("prompt: expected texts or lists of token ids")
+    top = _typed(body, "logprobs", int, 0)
+    settings = _settings(body, top, body.get("max_tokens", 16))
+    return Asked(prompt, settings, None, *_delivery(body), "logprobs" in body)
+
+
+def _known(body: Mapping[str, Any], known: set[str], model: str) -> None:
+    if unknown := sorted(set(body) - known):
+        raise InputError(f"{unknown[0]}: not supported; known are {', '.join(sorted(known))}")
+    if (asked := _typed(body, "model", str, model)) != model:
+        raise ModelNotFound(f"model: {asked[:80]!r} is not served here; {model!r} is")
+
+
+def _typed(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = body.get(name, default)
+    if (value is not None and not isinstance(value, kind)) or (isinstance(value, bool) and kind is int):
+        raise InputError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _delivery(body: Mapping[str, Any]) -> tuple[bool, bool]:
+    options = _typed(body, "stream_options", dict, {})
+    if unknown := sorted(set(options) - {"include_usage"}):
+        raise InputError(f"stream_options.{unknown[0]}: not supported; known is include_usage")
+    return _typed(body, "stream", bool, False), bool(options.get("include_usage"))
+
+
+def _settings(body: Mapping[str, Any], top: int, limit: Any) -> dict[str, Any]:
+    """Checked settings by the names of `SamplingParams`; OpenAI's temperature is 1 where none is given."""
+    found: dict[str, Any] = {"temperature": 1.0, "logprobs": top, "seed": secrets.randbits(31)}
+    found |= {name: body[name] for name in _SAMPLING if name in body}
+    stop = body.get("stop", [])
+    found["stop"] = [stop] if isinstance(stop, str) else stop
+    bias = _typed(body, "logit_bias", dict, {})
+    if wrong := [name for name in bias if not name.isdecimal() or len(name) > 10]:
+        raise InputError(f"logit_bias: expected token ids for names, got {wrong[0][:40]!r}")
+    found["logit_bias"] = {int(token): value for token, value in bias.items()}
+    if limit is not None:
+        found["max_new_tokens"] = limit
+    if _typed(body, "ignore_eos", bool, False):
+        found["stop_ids"] = _typed(body, "stop_token_ids", list, [])
+    elif "stop_token_ids" in body:
+        found["more_stop_ids"] = body["stop_token_ids"]
+    SamplingParams.of({name: value for name, value in found.items() if name != "more_stop_ids"})
+    return found
+
+
+def sampling(asked: Asked, room: int, stops: Sequence[int]) -> SamplingParams:
+    """The settings of a prompt behind which a slot has room for so many tokens. Raises InputError."""
+    settings = {"max_new_tokens": max(room, 1)} | asked.settings
+    if more := settings.pop("more_stop_ids", None):
+        settings["stop_ids"] = [*stops, *more] if isinstance(more, list) else more
+    return SamplingParams.of(settings)
+
+
+def _conversation(messages: Any, picture: Callable[[str], Image.Image]) -> list[Any]:
+    """OpenAI's messages as ours: pictures opened, the arguments of tool calls as objects."""
+    if not isinstance(messages, list):
+        raise InputError(f"messages: expected a list, got {type(messages).__name__}")
+    made, images = [], 0
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InputError(f"messages[{i}]: expected an object, got {type(message).__name__}")
+        message = {name: value for name, value in message.items() if name != "refusal"}
+        if isinstance(content := message.get("content"), list):
+            images += sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content)
+            if images > MAX_IMAGES:
+                raise InputError(f"messages: at most {MAX_IMAGES} pictures in a request, got more")
+            message["content"] = [_part(part, f"messages[{i}].content[{j}]", picture) for j, part in enumerate(content)]
+        if "tool_calls" in message:
+            message["tool_calls"] = [_call(call, f"messages[{i}].tool_calls") for call in message["tool_calls"]]
+        made.append(message)
+    return made
+
+
+def _part(part: Any, where: str, picture: Callable[[str], Image.Image]) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in ("text", "image_url"):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise InputError(f"{where}: expected a part of type 'text' or 'image_url', got {kind!r}")
+    if part["type"] == "text":
+        return part
+    found = part.get("image_url")
+    url = found.get("url") if isinstance(found, dict) else found
+    if not isinstance(url, str):
+        raise InputError(f"{where}.image_url.url: expected text, got {type(url).__name__}")
+    return {"type": "image", "image": picture(url)}
+
+
+def _call(call: Any, where: str) -> Any:
+    try:
+        function = dict(call["function"])
+        if isinstance(function["arguments"], str):
+            function["arguments"] = json.loads(function["arguments"])
+        return dict(call) | {"function": function}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise InputError(f"{where}: expected a function with a name and arguments in JSON") from None
+
+
+# ---- Answers ------------------------------------------------------------------------------------------------------
+
+
+def header(kind: str, model: str) -> dict[str, Any]:
+    """What every object of an answer begins with."""
+    short = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    return {"id": f"{short}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def tool_calls(text: str) -> list[dict[str, Any]] | None:
+    """The calls in an answer as Llama 3.2's template asks for them: one object of name and parameters; None if it is
+    none."""
+    try:
+        found = json.loads(text.removeprefix("<|python_tag|>").strip())
+        name, arguments = found["name"], found.get("parameters", found.get("arguments"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}]
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def chat_logprobs(answer: Answer, tokenizer: Tokenizer, start: int, end: int) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token, skip_specials=False)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    return {
+        "content": [
+            one(answer.tokens[i], answer.logprobs[i])
+            | {"top_logprobs": [one(*each) for each in answer.top_logprobs[i].items()]}
+            for i in range(start, end)
+        ]
+    }
+
+
+def text_logprobs(answer: Answer, tokenizer: Tokenizer, start: int, end: int) -> dict[str, Any]:
+    def text(token: int) -> str:
+        return tokenizer.token_bytes(token, skip_specials=False).decode(errors="replace")
+
+    return {
+        "tokens": [text(token) for token in answer.tokens[start:end]],
+        "token_logprobs": answer.logprobs[start:end],
+        "top_logprobs": [{text(t): p for t, p in tops.items()} for tops in answer.top_logprobs[start:end]],
+    }
+
+
+def fault(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's form of an error; the field at fault is what the message begins with."""
+    param = message.partition(":")[0] if ":" in message else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,437 @@
+"""`mllama serve` on loopback: through OpenAI's client, by hand, and with whatever may go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from PIL import Image
+
+import mllama_jax
+from mllama_jax import Mllama
+from mllama_jax.cli import SHIPPED
+from mllama_jax.errors import InputError
+from mllama_jax.generate import slots
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.processing.chat import Prompt
+from mllama_jax.serve import images
+from mllama_jax.serve.worker import EngineFault, Worker
+from mllama_jax.train.pictures import FAMILIES, conversation, held_out
+
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts a server of the checkpoint that ships; gives its process and URL once it is ready."""
+    started: list[subprocess.Popen[str]] = []
+    home = tmp_path_factory.mktemp("cache")
+
+    def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "mllama_jax.cli", "serve", "--port", "0", "--dtype", "float32", *options]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home), **environment}
+        log = tmp_path_factory.mktemp("log") / "stderr"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stderr=file, text=True, env=env)
+        started.append(process)
+        while '"ready"' not in (told := log.read_text()):
+            assert process.poll() is None, told
+            time.sleep(0.1)
+        (url,) = re.findall(r'"url": "([^"]+)"', told)
+        return process, url
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(start: Start) -> str:
+    return start("--slots", "4", "--context", "512")[1]
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def model() -> Mllama:
+    return mllama_jax.load(SHIPPED, dtype="float32")
+
+
+def data_url(image: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def asked(question: list[dict[str, Any]]) -> list[Any]:
+    """One of our conversations as OpenAI's messages."""
+
+    def part(each: dict[str, Any]) -> dict[str, Any]:
+        if each["type"] == "text":
+            return each
+        return {"type": "image_url", "image_url": {"url": data_url(each["image"])}}
+
+    return [{**message, "content": [part(each) for each in message["content"]]} for message in question]
+
+
+def questions(n: int) -> list[list[dict[str, Any]]]:
+    return [conversation(example)[:1] for family in FAMILIES for example in held_out(family, n)]
+
+
+def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, content, headers)
+    answer = connection.getresponse()
+    told = answer.read()
+    connection.close()
+    return answer.status, json.loads(told) if told else None
+
+
+HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
+
+
+def test_answers_are_those_of_generate(client: openai.OpenAI, model: Mllama) -> None:
+    """Sixteen conversations with pictures at once in four slots, streamed and whole."""
+    conversations = questions(4)
+    expected = model.generate(conversations, max_new_tokens=24)
+
+    def whole(i: int) -> tuple[str, str, int]:
+        made = client.chat.completions.create(
+            model="pictures-4m", messages=asked(conversations[i]), temperature=0, max_completion_tokens=24
+        )
+        assert made.usage is not None
+        choice = made.choices[0]
+        return choice.message.content or "", choice.finish_reason, made.usage.completion_tokens
+
+    def streamed(i: int) -> tuple[str, str, int]:
+        text, reason, tokens = "", "", 0
+        for chunk in client.chat.completions.create(
+            model="pictures-4m", messages=asked(conversations[i]), temperature=0, max_tokens=24, stream=True,
+            stream_options={"include_usage": True},
+        ):  # fmt: skip
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                reason = choice.finish_reason or reason
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        return text, reason, tokens
+
+    with ThreadPoolExecutor(16) as pool:
+        for way in (whole, streamed):
+            found = list(pool.map(way, range(len(conversations))))
+            assert found == [(each.text, each.finish_reason, len(each.tokens)) for each in expected]
+
+
+def test_settings_reach_the_answer(client: openai.OpenAI, model: Mllama) -> None:
+    (question, *_), name = questions(1), "pictures-4m"
+    create = client.chat.completions.create
+    (alone,) = model.generate([question], max_new_tokens=8, logprobs=3)
+    made = create(model=name, messages=asked(question), temperature=0, max_tokens=8, logprobs=True, top_logprobs=3)
+    logprobs = made.choices[0].logprobs
+    assert logprobs is not None
+    assert [each.logprob for each in logprobs.content or []] == pytest.approx(alone.logprobs, abs=1e-4)
+    assert all(len(each.top_logprobs) == 3 for each in logprobs.content or [])
+    sampled = [
+        create(model=name, messages=asked(question), n=3, seed=5, temperature=1.5, max_tokens=8).choices for _ in "12"
+    ]
+    assert [choice.message.content for choice in sampled[0]] == [choice.message.content for choice in sampled[1]]
+    assert len(sampled[0]) == 3
+    first = alone.tokens[0]
+    biased = create(
+        model=name, messages=asked(question), temperature=0, max_tokens=8, logit_bias={str(first): -100}, logprobs=True
+    )
+    text = alone.text
+    assert biased.choices[0].message.content != text
+    stopped = create(model=name, messages=asked(question), temperature=0, stop=[text[2:4]])
+    assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == (
+        text[: text.find(text[2:4])],
+        "stop",
+    )
+    endless = create(
+        model=name, messages=asked(question), temperature=0, max_tokens=30, extra_body={"ignore_eos": True}
+    )
+    assert endless.choices[0].finish_reason == "length"
+
+
+def test_text_completions(client: openai.OpenAI, model: Mllama) -> None:
+    assert model.tokenizer is not None
+    ids = [model.tokenizer.bos, *model.tokenizer.encode("What", specials=False)]
+    (expected,) = model.generate_tokens([ids], [[]], max_new_tokens=6)
+    for prompt in ("What", ids):
+        made = client.completions.create(model="pictures-4m", prompt=prompt, temperature=0, max_tokens=6)
+        assert made.usage is not None
+        assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (len(ids), len(expected))
+        assert made.choices[0].text == model.tokenizer.decode(expected)
+    both = client.completions.create(model="pictures-4m", prompt=["What", "Where"], temperature=0, max_tokens=6)
+    assert len(both.choices) == 2
+
+
+def test_what_operators_ask(client: openai.OpenAI, url: str) -> None:
+    (card,) = client.models.list().data
+    assert card.id == "pictures-4m"
+    status, told = post(url, "/tokenize", {"prompt": "Hello"})
+    assert (status, told["count"]) == (200, len(told["tokens"]))
+    for path, text in (("/health", "alive"), ("/ready", "true"), ("/version", "jax"), ("/", "<!doctype html>")):
+        with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port or 80)) as raw:
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
+        assert answer.startswith("HTTP/1.1 200")
+        assert text in answer
+    assert metric(url, "mllama_generation_tokens_total") > 0
+
+
+def metric(url: str, name: str) -> float:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    (value,) = re.findall(rf"^{name} (\S+)$", text, re.M)
+    return float(value)
+
+
+def test_curl_streams(url: str) -> None:
+    done = subprocess.run(
+        ["curl", "-sN", f"{url}/v1/chat/completions", "-d", json.dumps(HELLO | {"stream": True})],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    events = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(each)["object"] == "chat.completion.chunk" for each in events[:-1])
+
+
+GIF = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
+BOMB = Image.new("1", (15000, 15000))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "colour: not supported; known are "),
+        ({"best_of": 2}, "best_of: not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format: expected type 'text', got 'json_object'"),
+        ({"messages": "Hello"}, "messages: expected a list, got str"),
+        ({"messages": [{"role": "robot", "content": "Hello"}]}, "role: expected system, user"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "expected a part of type 'text'"),
+        ({"messages": []}, "expected at least one message"),
+        ({"n": 10**9, "temperature": 1}, "n must be at most 128"),
+        ({"max_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
+        ({"max_tokens": "many"}, "max_new_tokens must be an integer"),
+        ({"max_tokens": 512}, "exceed the 512 positions of a slot"),
+        ({"temperature": "hot"}, "temperature must be a finite number"),
+        ({"top_p": 7}, "top_p must be at most 1"),
+        ({"logit_bias": {"99999999": 1}}, "99999999"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias: expected token ids for names, got '-1'"),
+        ({"top_logprobs": 3}, "top_logprobs: needs logprobs true"),
+        ({"stream": "yes"}, "stream: expected bool, got str"),
+        ({"stop": [""]}, "stop must have no empty text"),
+        ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
+        ({"image": "data:image/png;base64,%%%"}, "image_url: not base64"),
+        ({"image": GIF}, "image_url: expected data:image/jpeg|png|webp;base64"),
+        ({"image": GIF.replace("gif", "png")}, "image_url: expected a JPEG, PNG or WebP picture"),
+        ({"image": data_url(BOMB)}, "expected a picture of at most"),
+        ({"image": "file:///etc/passwd"}, "image_url: expected a data URL or http(s)"),
+        ({"image": "http://127.0.0.1/a.png"}, "pictures are not fetched from '127.0.0.1'; allowed are: none"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_named(url: str, change: dict[str, Any], message: str) -> None:
+    if "image" in change:
+        part = {"type": "image_url", "image_url": {"url": change["image"]}}
+        change = {"messages": [{"role": "user", "content": [part]}]}
+    status, told = post(url, "/v1/chat/completions", HELLO | change)
+    assert status == 400
+    assert message in told["error"]["message"]
+    assert "\n" not in told["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "body: expected JSON"),
+        (b"[" * 5000, 400, "body: expected JSON"),
+        (b"[]", 400, "body: expected a JSON object, got list"),
+        (b'{"temperature": NaN}', 400, "body: NaN is not JSON"),
+        (b'{"prompt": "\xff"}', 400, "body: expected JSON"),
+        (b"x" * (33 * 2**20), 413, "body: at most 33554432 bytes"),
+        (json.dumps(HELLO | {"model": "gpt-9"}).encode(), 404, "model: 'gpt-9' is not served here"),
+    ],
+    ids=["cut", "deep", "list", "nan", "latin-1", "large", "model"],
+)
+def test_bodies_that_are_refused(url: str, body: bytes, status: int, message: str) -> None:
+    found, told = post(url, "/v1/chat/completions", body)
+    assert (found, message in told["error"]["message"]) == (status, True)
+
+
+def test_pictures_of_all_shapes(client: openai.OpenAI) -> None:
+    for image, kind in (
+        (Image.new("RGB", (1, 1)), "PNG"),
+        (Image.new("RGB", (1, 10000)), "JPEG"),
+        (Image.new("RGBA", (50, 20)), "WEBP"),
+    ):
+        content: Any = [
+            {"type": "image_url", "image_url": {"url": data_url(image, kind)}},
+            {"type": "text", "text": "?"},
+        ]
+        client.chat.completions.create(
+            model="pictures-4m", messages=[{"role": "user", "content": content}], max_tokens=2
+        )
+
+
+def test_specials_that_a_user_types_stay_text(client: openai.OpenAI, url: str) -> None:
+    _, told = post(url, "/tokenize", {"messages": [{"role": "user", "content": "<|eot_id|><|image|>"}]})
+    _, plain = post(url, "/tokenize", {"messages": [{"role": "user", "content": ""}]})
+    assert told["count"] > plain["count"] + 8
+
+
+def test_clients_that_leave_free_their_slots(url: str) -> None:
+    body = json.dumps(HELLO | {"stream": True, "max_tokens": 400, "ignore_eos": True})
+    for _ in range(40):
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        connection.request("POST", "/v1/chat/completions", body)
+        connection.getresponse().read(10)
+        assert connection.sock is None or connection.sock.close() is None
+        connection.close()
+    end = time.monotonic() + 30
+    while metric(url, "mllama_num_requests_running") + metric(url, "mllama_num_requests_waiting"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_keys_a_full_queue_and_a_sigterm(start: Start) -> None:
+    """Without a key only /health answers; one slot and a queue of one take two; SIGTERM lets these end."""
+    process, url = start("--slots", "1", "--queue", "1", "--context", "512", MLLAMA_API_KEYS="other,secret")
+    assert post(url, "/v1/chat/completions", HELLO)[0] == 401
+    assert post(url, "/v1/chat/completions", HELLO, Authorization="Bearer wrong")[0] == 401
+    assert post(url, "/v1/chat/completions", HELLO, Authorization="Bearer secret")[0] == 200
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=120)
+
+    def stream() -> Any:
+        return client.chat.completions.create(
+            model="pictures-4m", messages=[{"role": "user", "content": "Hello"}], max_tokens=400, stream=True,
+            extra_body={"ignore_eos": True, "stream_options": {"include_usage": True}},
+        )  # fmt: skip
+
+    live = [stream(), stream()]
+    with pytest.raises(openai.RateLimitError) as error:
+        stream()
+    assert error.value.response.headers["retry-after"] == "2"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+        stream()
+    for each in live:
+        chunks = list(each)
+        assert chunks[-1].usage.completion_tokens == 400
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/a", "http://169.254.169.254/a", "http://[::1]/a", "http://2130706433/a", "http://0177.0.0.1/a",
+        "http://10.0.0.1/a", "http://localhost/a", "http://0.0.0.0/a",
+    ],
+)  # fmt: skip
+def test_private_addresses_are_never_called(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("was called"))
+    with pytest.raises(InputError, match=r"not a public one|no such host"):
+        images.fetch(url, {urlsplit(url).hostname or ""})
+
+
+@pytest.mark.parametrize("url", ["http://ok\\@evil/a", "http://user@ok/a", "ftp://ok/a", "http:///a", "http://o k/a"])
+def test_odd_urls_are_refused(url: str) -> None:
+    with pytest.raises(InputError, match=r"image_url: expected a plain http\(s\) URL"):
+        images.fetch(url, {"ok", "evil", ""})
+
+
+def test_fetching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a server on this machine that counts as public here; it sends elsewhere, too much, and in circles."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    answers = {
+        "/a.png": b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content),
+        "/away": b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/a\r\nContent-Length: 0\r\n\r\n",
+        "/round": b"HTTP/1.1 302 Found\r\nLocation: /round\r\nContent-Length: 0\r\n\r\n",
+        "/large": b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000,
+        "/none": b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+    }
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+        writer.write(answers[path])
+        await writer.drain()
+        writer.close()
+
+    async def everything() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setattr(images, "public_address", lambda host, _: {"ok": "127.0.0.1"}[host])
+        monkeypatch.setattr(images, "MAX_BYTES", 4000)
+
+        def fetch(path: str) -> bytes:
+            return images.fetch(f"http://ok:{port}{path}", {"ok"})
+
+        assert await asyncio.to_thread(fetch, "/a.png") == content
+        for path, message in (
+            ("/away", "not fetched from 'elsewhere'"),
+            ("/round", "more than 3 redirects"),
+            ("/large", "at most 4000 bytes"),
+            ("/none", "expected status 200, got 404"),
+        ):
+            with pytest.raises(InputError, match=message):
+                await asyncio.to_thread(fetch, path)
+        server.close()
+
+    asyncio.run(everything())
+
+
+def test_a_request_that_breaks_the_engine_ends_alone(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told so; those beside it get what they get alone."""
+    rows = [[model.config.text.vocab - 3 - i, 5, 6, 7] for i in range(3)]
+    expected = model.generate_tokens(rows, [[]] * 3, max_new_tokens=40, stop_ids=())
+    read = slots.read
+
+    def broken(*args: Any, **options: Any) -> Any:
+        if int(args[5][0]) == rows[2][0]:
+            raise RuntimeError("broken")
+        return read(*args, **options)
+
+    monkeypatch.setattr(slots, "read", broken)
+    worker = Worker(Engine(model.model, model.params, slots=3, context=256))
+    worker.start()
+
+    async def ask(row: list[int]) -> list[int]:
+        answer = Answer(SamplingParams(max_new_tokens=40, stop_ids=()), (), None)
+        async for _ in worker.answer(Request.of(model.config, Prompt(row, []), answer)):
+            pass
+        return answer.tokens
+
+    async def everyone() -> list[Any]:
+        return await asyncio.gather(*map(ask, rows), return_exceptions=True)
+
+    *fine, fault = asyncio.run(everyone())
+    worker.stop()
+    assert fine == expected[:2]
+    assert isinstance(fault, EngineFault)
