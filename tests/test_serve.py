@@ -146,9 +146,9 @@ def test_answers_are_those_of_generate(client: openai.OpenAI, model: Mllama) -> 
 
 
 def test_settings_reach_the_answer(client: openai.OpenAI, model: Mllama) -> None:
-    (question, *_), name = questions(1), "pictures-4m"
-    create = client.chat.completions.create
-    (alone,) = model.generate([question], max_new_tokens=8, logprobs=3)
+    name, create = "pictures-4m", client.chat.completions.create
+    answers = zip(questions(4), model.generate(questions(4), max_new_tokens=8, logprobs=3), strict=True)
+    question, alone = max(answers, key=lambda each: len(each[1].text))
     made = create(model=name, messages=asked(question), temperature=0, max_tokens=8, logprobs=True, top_logprobs=3)
     logprobs = made.choices[0].logprobs
     assert logprobs is not None

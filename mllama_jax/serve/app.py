@@ -177,7 +177,7 @@ class Service:
         if isinstance(prompt, str):
             assert self.tokenizer is not None
             return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
-        if isinstance(prompt[0], int):
+        if prompt and isinstance(prompt[0], int):
             return Prompt(list(prompt), [])
         return await self._aside(self.model.prompt, prompt, tools)
 
@@ -333,6 +333,9 @@ class Service:
                 response = JSONResponse(protocol.fault(str(error), "server_error"), 500)
             except ClientDisconnect:
                 response = Response(status_code=499)
+            except Exception:
+                log.exception("a request failed")
+                response = JSONResponse(protocol.fault("the server failed on this request", "server_error"), 500)
             self.metrics.responses.labels(response.status_code).inc()
             return response
 

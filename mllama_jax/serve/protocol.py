@@ -75,7 +75,7 @@ def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], I
     top, wanted = _typed(body, "top_logprobs", int, 0), _typed(body, "logprobs", bool, False)
     if top and not wanted:
         raise InputError("top_logprobs: needs logprobs true")
-    settings = _settings(body, top, _typed(body, "max_completion_tokens", int, body.get("max_tokens")))
+    settings = _settings(body, top, body.get("max_completion_tokens", body.get("max_tokens")))
     tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise InputError(f"tool_choice: expected 'auto' or 'none', got {choice!r}")
