@@ -56,6 +56,11 @@ class Mllama:
     def config(self) -> MllamaConfig:
         return self.model.config
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups of devices a mesh splits the rows of a batch."""
+        return self._up(1, "batch")
+
     # ---- in arrays ------------------------------------------------------------------------------------------------
 
     def encode_images(self, images: Images) -> np.ndarray:
@@ -158,8 +163,10 @@ class Mllama:
     def chat(self, *, tools: Tools | None = None) -> Chat:
         """A conversation of several turns that keeps its caches."""
         tokenizer = self._tokenizer()
-        if (parts := self._up(1, "batch")) > 1:
-            raise InputError(f"a chat is one row and the mesh splits rows in {parts}; load it on a mesh that does not")
+        if self.groups > 1:
+            raise InputError(
+                f"a chat is one row and the mesh splits rows in {self.groups}; load it on a mesh that does not"
+            )
         prompt = functools.partial(self.prompt, tools=tools)
         return Chat(self.model, self.params, prompt, lambda params: self._start([params], tokenizer)[0])
 

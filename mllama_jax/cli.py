@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mllama_jax import bench, planner
-from mllama_jax.convert.command import add_commands
+from mllama_jax.convert import command as conversion
 from mllama_jax.errors import InputError
+from mllama_jax.evaluate import command as evaluation
 from mllama_jax.processes import attend, attended, join_by_name, leaving
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
             "--join", metavar="auto|HOST:PORT,PROCESS,PROCESSES", help="be one of the processes of a slice or cluster"
         )
 
-    add_commands(commands)
+    conversion.add_commands(commands)
+    evaluation.add_commands(commands)
     planner.add_parser(commands)
     bench.add_parser(commands)
     for command in (generate, inspect, check):
@@ -130,7 +132,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return sampling
 
 
-def _load(args: argparse.Namespace) -> Mllama:
+def load_model(args: argparse.Namespace) -> Mllama:
     with _stage("starting JAX"):
         import jax
 
@@ -142,18 +144,18 @@ def _load(args: argparse.Namespace) -> Mllama:
         preset = args.preset or ("serve" if jax.process_count() > 1 else None)
     with _stage(f"loading {args.model}"):
         if preset is None:
-            return load(args.model, dtype=args.dtype)
+            return load(args.model, dtype=args.dtype, quantize=getattr(args, "quantize", None))
         return load(args.model, dtype=args.dtype, mesh=preset_mesh(args.model, preset), rules=preset)
 
 
-def _join(args: argparse.Namespace) -> None:
+def join(args: argparse.Namespace) -> None:
     """Become one of the processes that `--join` means, all given the same arguments."""
     if args.join is not None:
         arguments = {name: str(value) for name, value in vars(args).items() if name not in ("join", "run")}
         join_by_name(args.join, arguments)
 
 
-def _not_first() -> bool:
+def not_first() -> bool:
     import jax
 
     return jax.process_index() > 0
@@ -163,7 +165,7 @@ def _chat(args: argparse.Namespace) -> None:
     from mllama_jax.terminal import Terminal
 
     sampling = _sampling(args)
-    Terminal(_load(args).chat(), sampling).run()
+    Terminal(load_model(args).chat(), sampling).run()
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -174,9 +176,9 @@ def _generate(args: argparse.Namespace) -> None:
         _check_look(args.look, args.image)
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
-    _join(args)
-    model = _load(args)
-    if _not_first():  # the first process speaks for all
+    join(args)
+    model = load_model(args)
+    if not_first():  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
@@ -232,7 +234,7 @@ def _check(args: argparse.Namespace) -> int:
     """Exit code 1 where a comparison is beyond its limit."""
     from mllama_jax.check import environment, findings, pace
 
-    _join(args)
+    join(args)
     where, found = environment(), []
     if not args.json:
         print("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n")
