@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _stage(what: str) -> Iterator[None]:
+def stage(what: str) -> Iterator[None]:
     """Say on a terminal what is going on, and how long it took."""
     if not sys.stderr.isatty():
         yield
@@ -132,8 +132,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return sampling
 
 
-def load_model(args: argparse.Namespace) -> Mllama:
-    with _stage("starting JAX"):
+def _load(args: argparse.Namespace) -> Mllama:
+    with stage("starting JAX"):
         import jax
 
         from mllama_jax import load
@@ -142,9 +142,9 @@ def load_model(args: argparse.Namespace) -> Mllama:
         use_compilation_cache()
         args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         preset = args.preset or ("serve" if jax.process_count() > 1 else None)
-    with _stage(f"loading {args.model}"):
+    with stage(f"loading {args.model}"):
         if preset is None:
-            return load(args.model, dtype=args.dtype, quantize=getattr(args, "quantize", None))
+            return load(args.model, dtype=args.dtype)
         return load(args.model, dtype=args.dtype, mesh=preset_mesh(args.model, preset), rules=preset)
 
 
@@ -165,7 +165,7 @@ def _chat(args: argparse.Namespace) -> None:
     from mllama_jax.terminal import Terminal
 
     sampling = _sampling(args)
-    Terminal(load_model(args).chat(), sampling).run()
+    Terminal(_load(args).chat(), sampling).run()
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -177,7 +177,7 @@ def _generate(args: argparse.Namespace) -> None:
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
     join(args)
-    model = load_model(args)
+    model = _load(args)
     if not_first():  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
@@ -189,7 +189,7 @@ def _generate(args: argparse.Namespace) -> None:
         answer = completion.text
     else:
         pieces = model.stream(conversation, **sampling)
-        with _stage("reading the prompt (compiles on first use)"):
+        with stage("reading the prompt (compiles on first use)"):
             answer = next(pieces, "")
         print(answer, end="", flush=True)
         for piece in pieces:
@@ -197,7 +197,7 @@ def _generate(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
     if args.look is not None:
-        with _stage(f"drawing {args.look}"):
+        with stage(f"drawing {args.look}"):
             sheet = model.look(conversation, answer).draw()
             try:
                 sheet.save(args.look)

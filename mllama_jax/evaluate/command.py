@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from mllama_jax import Mllama
     from mllama_jax.evaluate.recipe import Recipe
 
 
@@ -26,7 +27,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--output", type=Path, required=True, help="folder of the run; a stopped one goes on")
     evaluate.add_argument("--limit", type=int, help="only so many rows, the first")
     evaluate.add_argument("--batch", type=int, default=16, help="rows at once in each group of devices (default 16)")
-    evaluate.add_argument("--preset", help="spread over all devices; evaluate (default with several), serve, ...")
+    evaluate.add_argument("--group", type=int, help="devices that hold one copy of the weights (default 1)")
     evaluate.add_argument("--versus", type=Path, metavar="FOLDER", help="compare with this earlier run, pair by pair")
     evaluate.add_argument("--html", type=Path, metavar="FILE", help="write a page to look through wrong answers")
     evaluate.add_argument(
@@ -43,13 +44,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from mllama_jax.cli import SHIPPED, join, load_model, not_first
+    from mllama_jax.cli import SHIPPED, join, not_first
     from mllama_jax.evaluate.data import read_rows
     from mllama_jax.evaluate.folder import Folder, read_result
     from mllama_jax.evaluate.recipe import load_recipe
     from mllama_jax.evaluate.report import compare, same_questions, table, versus
 
-    for name in ("batch", "limit"):
+    for name in ("batch", "limit", "group"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
     recipe = load_recipe(args.task)
@@ -66,9 +67,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     args.model = args.model or SHIPPED
     args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    args.preset = args.preset or ("evaluate" if jax.device_count() > 1 and args.quantize is None else None)
     folder = None if not_first() else Folder(args.output, configuration(args, recipe, len(rows)))
-    told = evaluate(lambda: load_model(args), recipe, rows, folder, batch=args.batch)
+    told = evaluate(lambda: _load(args.model, args), recipe, rows, folder, batch=args.batch)
     if folder is None:
         return
     result, records = read_result(args.output)
@@ -86,6 +86,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     if line is not None:
         print(line)
     print(f"asked {told['rows']} in {told['batches']} batches of {told['rows_at_once']}, {told['groups']} groups")
+
+
+def _load(model: str | Path, args: argparse.Namespace) -> Mllama:
+    """The model on all devices, replicas that share out rows; on one device where it is quantised."""
+    import jax
+
+    from mllama_jax import load
+    from mllama_jax.cli import stage, use_compilation_cache
+    from mllama_jax.loading import preset_mesh
+
+    use_compilation_cache()
+    if args.quantize is not None and args.group is not None:
+        raise InputError("--group: int8 works on one device so far; leave one of the two out")
+    spread = jax.device_count() > 1 and args.quantize is None
+    mesh = preset_mesh(model, "evaluate", args.group) if spread else None
+    with stage(f"loading {model}"):
+        return load(model, dtype=args.dtype, quantize=args.quantize, mesh=mesh, rules="evaluate")
 
 
 def configuration(args: argparse.Namespace, recipe: Recipe, rows: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def read_result(path: Path) -> tuple[dict[str, Any], list[Record]]:
 def _same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differ = [
         f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now"
-        for key in now | before
+        for key in {**now, **before}
         if before.get(key) != now.get(key)
     ]
     if differ:
