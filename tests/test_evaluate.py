@@ -238,10 +238,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
 
 
 def test_answers_do_not_depend_on_batches_meshes_and_processes(
-    run: Run, data: Path, task: Path, spread_directory: Path, tmp_path: Path
+    run: Run, data: Path, task: Path, small_directory: Path, tmp_path: Path
 ) -> None:
     """On one device; on 8 devices as two groups, each a copy of the weights; on two processes of one device each."""
-    command = ["evaluate", "--model", spread_directory, "--data", data, "--task", task, "--json"]
+    command = ["evaluate", "--model", small_directory, "--data", data, "--task", task, "--json"]
     code, out, _ = run(*command, "--output", tmp_path / "one", "--batch", 2)
     assert (code, json.loads(out)["asked"]["batches"]) == (0, 4)
 
