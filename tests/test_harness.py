@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.config
 import jax
 import numpy as np
 import pytest
@@ -85,8 +86,7 @@ def tasks(tmp_path: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyP
 
 def responses(model: HarnessModel, folder: Path, task: str, chat: bool) -> list[list[Any]]:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found = simple_evaluate(model, tasks=[task], task_manager=manager, apply_chat_template=chat, bootstrap_iters=0)
-    assert found is not None
+    found: Any = simple_evaluate(model, tasks=[task], task_manager=manager, apply_chat_template=chat, bootstrap_iters=0)
     samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
     return [[response for (response,) in sample["resps"]] for sample in samples]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from PIL import Image
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 PLACEHOLDER, IMAGE = "<image>", "<|image|>"  # of a picture, in tasks and in prompts
 MAX_NEW_TOKENS = 256  # where a task gives none, as lm-eval's own models have it
 __all__ = ["HarnessModel", "make_table", "run", "tasks_of", "version"]
-Job, Done = TypeVar("Job"), TypeVar("Done")
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+Pair = tuple[list[int], list[int], list[Image.Image]]  # a context, its continuation, its pictures
 
 
-@register_model("mllama_jax")
 class HarnessModel(TemplateLM):
     """A model as lm-eval 0.4 asks for one; `--model mllama_jax --model_args pretrained=DIRECTORY` where it is imported.
 
@@ -87,26 +88,23 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation of a context, with pictures or without: log-probability, whether greedy makes it."""
-        pairs = []
-        for context, continuation, *rest in (request.args for request in requests):
+        pairs: list[Pair] = []
+        for context, continuation, *rest in _arguments(requests):
             if context:
                 encoded = self._encode_pair(context, continuation)
             else:
                 encoded = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
             pairs.append((*encoded, _visuals(rest)))
-        found = self._score(pairs, disable_tqdm)
-        for request, each in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, each)
-        return found
+        return self._score(pairs, disable_tqdm, self._keeper("loglikelihood", requests))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text, in windows as long as the context where it is longer."""
-        windows = []
-        for i, (text,) in enumerate(request.args for request in requests):
+        windows: list[tuple[int, tuple[list[int], list[int]]]] = []
+        for i, (text,) in enumerate(_arguments(requests)):
             tokens = self.tok_encode(text, add_special_tokens=False)
             each = get_rolling_token_windows(tokens, self.prefix_token_id, self.model.config.text.context - 1, 1)
             windows += [(i, make_disjoint_window(window)) for window in each]
-        scores = self._score([(*window, []) for _, window in windows], disable_tqdm)
+        scores = self._score([(context, own, []) for _, (context, own) in windows], disable_tqdm, _forget)
         totals = [0.0] * len(requests)
         for (i, _), (logprob, _) in zip(windows, scores, strict=True):
             totals[i] += logprob
@@ -117,36 +115,36 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to each context, which ends before any of its `until` texts."""
         jobs = []
-        for context, settings, *rest in (request.args for request in requests):
+        for context, settings, *rest in _arguments(requests):
             jobs.append((Prompt(self.tok_encode(context), _visuals(rest)), _sampling(settings)))
 
         def work(some: Sequence[tuple[Prompt, SamplingParams]]) -> list[str]:
             prompts, params = zip(*some, strict=True)
             return [completion.text for completion in self.model.complete(prompts, params)]
 
-        texts = self._in_batches(jobs, lambda job: len(job[0].tokens), work, disable_tqdm)
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
+        keep = self._keeper("generate_until", requests)
+        return self._in_batches(jobs, lambda job: len(job[0].tokens), work, disable_tqdm, keep)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
-        return self._score([(context, continuation, []) for _, context, continuation in requests], disable_tqdm)
+        return self._score([(context, own, []) for _, context, own in requests], disable_tqdm, _forget)
 
     # ---- How --------------------------------------------------------------------------------------------------------
 
-    def _score(
-        self, pairs: Sequence[tuple[list[int], list[int], list[Image.Image]]], quiet: bool
-    ) -> list[tuple[float, bool]]:
+    def _keeper(self, kind: str, requests: Sequence[Instance]) -> Callable[[int, Any], None]:
+        """Puts the answer to a request where a run that goes on finds it."""
+        return lambda i, answer: self.cache_hook.add_partial(kind, requests[i].args, answer)
+
+    def _score(self, pairs: Sequence[Pair], quiet: bool, keep: Callable[[int, Any], None]) -> list[tuple[float, bool]]:
         """Of each continuation behind its context and pictures: log-probability, whether greedy makes it."""
 
-        def work(some: Sequence[tuple[list[int], list[int], list[Image.Image]]]) -> list[tuple[float, bool]]:
+        def work(some: Sequence[Pair]) -> list[tuple[float, bool]]:
             found = self.model.following([a + b for a, b, _ in some], [images for _, _, images in some])
             return [
                 (float(logprob[len(context) - 1 :].sum()), bool(likeliest[len(context) - 1 :].all()))
                 for (context, _, _), (logprob, likeliest) in zip(some, found, strict=True)
             ]
 
-        return self._in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), work, quiet)
+        return self._in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), work, quiet, keep)
 
     def _in_batches(
         self,
@@ -154,6 +152,7 @@ class HarnessModel(TemplateLM):
         length: Callable[[Job], int],
         work: Callable[[Sequence[Job]], list[Done]],
         quiet: bool,
+        keep: Callable[[int, Done], None],
     ) -> list[Done]:
         """`work` on batches of jobs that are alike in length, the longest first; what it gives in the jobs' order."""
         order = sorted(range(len(jobs)), key=lambda i: -length(jobs[i]))
@@ -161,9 +160,14 @@ class HarnessModel(TemplateLM):
         with tqdm(total=len(jobs), unit="request", leave=False, disable=quiet or None) as bar:
             for start in range(0, len(order), self.batch):
                 some = order[start : start + self.batch]
-                done |= zip(some, work([jobs[i] for i in some]), strict=True)
+                for i, each in zip(some, work([jobs[i] for i in some]), strict=True):
+                    done[i] = each
+                    keep(i, each)
                 bar.update(len(some))
         return [done[i] for i in range(len(jobs))]
+
+
+register_model("mllama_jax")(HarnessModel)
 
 
 def version() -> str:
@@ -187,10 +191,9 @@ def run(
     have to have kept the same ones.
     """
     cache = str(folder / "requests") if jax.process_count() == 1 else None
-    found = simple_evaluate(
+    found: Any = simple_evaluate(
         model, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat, use_cache=cache
     )
-    assert found is not None
     records = [
         {"task": task, "id": sample["doc_id"], "target": sample["target"], "responses": sample["resps"]}
         | {metric: sample[metric] for metric in sample["metrics"]}
@@ -198,6 +201,14 @@ def run(
         for sample in samples
     ]
     return {name: found[name] for name in ("results", "versions", "n-shot", "higher_is_better", "n-samples")}, records
+
+
+def _forget(i: int, answer: Any) -> None:
+    """Keep nothing."""
+
+
+def _arguments(requests: Sequence[Instance]) -> list[tuple[Any, ...]]:
+    return [request.args for request in requests]
 
 
 def _parts(text: str) -> list[dict[str, str]]:
