@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from mllama_jax import cli
+from mllama_jax import Mllama, cli
 from mllama_jax.errors import InputError
 from mllama_jax.evaluate.data import read_rows
 from mllama_jax.evaluate.recipe import Recipe, known, load_recipe
@@ -333,3 +334,45 @@ def test_mcnemar() -> None:
     found = compare(records(1, 0, 0, 0, 1), records(1, 1, 1, 0.5, 0))
     assert (found.n, found.first_only, found.second_only, found.p) == (5, 1, 3, 0.625)
     assert (found.difference, found.stderr) == pytest.approx((0.3, 0.37416573867))
+
+
+# ---- Agreement ----------------------------------------------------------------------------------------------------
+
+
+def test_models_are_compared_along_known_answers(
+    run: Run, data: Path, task: Path, small: Mllama, small_directory: Path, tmp_path: Path
+) -> None:
+    """A model agrees with itself, and with its own logits as another program might have made them, up to one change."""
+    given = ("--data", data, "--task", task, "--limit", 3, "--json")
+    code, out, _ = run("compare", small_directory, small_directory, *given)
+    same = json.loads(out)
+    assert (code, same["rows"], same["top1"], same["kl"], same["diverging"]) == (0, 3, 1, 0, [])
+    assert same["perplexity"][0] == same["perplexity"][1] > 1
+
+    recipe = load_recipe(str(task))
+    prompts = [small.prompt(row.conversation(recipe, row.pictures(recipe))) for row in read_rows([data], recipe, 3)]
+    assert small.tokenizer is not None
+    answer = small.tokenizer.encode("a cat", specials=False)
+    length = max(len(prompt.tokens) for prompt in prompts) + len(answer)
+    tokens, logits = np.full((3, length), -1), np.zeros((3, length, small.config.text.vocab), np.float32)
+    for i, prompt in enumerate(prompts):
+        row = prompt.tokens + answer
+        tokens[i, : len(row)], logits[i, : len(row)] = row, small.logits([row], [prompt.images])[0]
+    place = len(prompts[1].tokens)  # foretells the second token of the answer
+    logits[1, place, 7] += 50
+    np.savez(tmp_path / "other.npz", tokens=tokens, logits=logits)
+    code, out, _ = run("compare", small_directory, tmp_path / "other.npz", *given)
+    found = json.loads(out)
+    assert (code, found["top1"]) == (0, 1 - 1 / found["tokens"])
+    assert found["kl_max"] / found["tokens"] == pytest.approx(found["kl"], rel=1e-3)
+    assert found["kl_max"] > 10
+    (diverging,) = found["diverging"]
+    assert (diverging["id"], diverging["place"]) == ("q1", 1)
+    assert diverging["second"] == small.tokenizer.decode([7])
+
+    tokens[2, 0] += 1
+    np.savez(tmp_path / "other.npz", tokens=tokens, logits=logits)
+    code, out, err = run("compare", small_directory, tmp_path / "other.npz", *given)
+    assert (code, out) == (2, "")
+    assert "row 2 has" in err
+    assert "other ones from 0 on" in err

@@ -40,11 +40,20 @@ def add_commands(commands: Any) -> None:
         "--join", metavar="auto|HOST:PORT,PROCESS,PROCESSES", help="be one of the processes of a slice or cluster"
     )
     evaluate.set_defaults(run=_evaluate)
-    for command in (evaluate,):
+
+    compare = commands.add_parser("compare", help="how far two models agree, token by token, along known answers")
+    compare.add_argument("first", help="checkpoint directory")
+    compare.add_argument("second", help="checkpoint directory, or a .npz of logits that other code made")
+    compare.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet")
+    compare.add_argument("--task", required=True, help="a known recipe, or a .toml file of one's own")
+    compare.add_argument("--limit", type=int, help="only so many rows, the first")
+    compare.set_defaults(run=_compare)
+
+    for command, whose in ((evaluate, "the decoder's"), (compare, "the second's decoder's")):
         command.add_argument(
             "--dtype", choices=DTYPES, help="bfloat16 (default on accelerators), float32 (default on CPU)"
         )
-        command.add_argument("--quantize", choices=["int8"], help="keep the decoder's kernels in int8; on one device")
+        command.add_argument("--quantize", choices=["int8"], help=f"keep {whose} kernels in int8; on one device")
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -126,6 +135,33 @@ def _ask_harness(args: argparse.Namespace) -> None:
         return
     folder.finish(records, results)
     print(json.dumps(results) if args.json else harness.make_table(results))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from mllama_jax.evaluate.data import read_rows
+    from mllama_jax.evaluate.recipe import load_recipe
+
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit must be at least 1, got {args.limit}")
+    recipe = load_recipe(args.task)
+    rows = read_rows(args.data, recipe, args.limit)
+    import jax
+
+    from mllama_jax import load
+    from mllama_jax.cli import stage, use_compilation_cache
+    from mllama_jax.evaluate.agreement import Reference, agreement, text
+
+    use_compilation_cache()
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    reference = Reference(Path(args.second)) if args.second.endswith(".npz") else None
+    if reference is not None and args.quantize is not None:
+        raise InputError(f"--quantize: {args.second} is no model; leave it out")
+    with stage(f"loading {args.first}"):
+        first = load(args.first, dtype=dtype)
+    with stage(f"loading {args.second}"):
+        second = reference or load(args.second, dtype=dtype, quantize=args.quantize)
+    found = agreement(first, second, recipe, rows)
+    print(json.dumps(dataclasses.asdict(found)) if args.json else text(found))
 
 
 def _begin(args: argparse.Namespace) -> None:
