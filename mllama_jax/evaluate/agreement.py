@@ -141,6 +141,6 @@ def text(found: Agreement) -> str:
     ]
     for each in found.diverging[:10]:
         lines.append(
-            f"  {each.id}: token {each.place}, {each.answer!r}: the first has {each.first!r}, the second {each.second!r}"
+            f"  {each.id}: token {each.place} of the answer, {each.answer!r}: {each.first!r} and {each.second!r}"
         )
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 from lm_eval.api.instance import Instance
@@ -15,10 +15,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from PIL import Image
-from tqdm import tqdm
 
 from mllama_jax import load
 from mllama_jax.errors import InputError
+from mllama_jax.evaluate.batching import in_batches, sampling
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt, tokenize
 from mllama_jax.processing.image import open_image
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from mllama_jax import Mllama
 
 PLACEHOLDER, IMAGE = "<image>", "<|image|>"  # of a picture, in tasks and in prompts
-MAX_NEW_TOKENS = 256  # where a task gives none, as lm-eval's own models have it
 __all__ = ["HarnessModel", "make_table", "run", "tasks_of", "version"]
-Job = TypeVar("Job")
-Done = TypeVar("Done")
 Pair = tuple[list[int], list[int], list[Image.Image]]  # a context, its continuation, its pictures
 
 
@@ -116,14 +113,14 @@ class HarnessModel(TemplateLM):
         """The answer to each context, which ends before any of its `until` texts."""
         jobs = []
         for context, settings, *rest in _arguments(requests):
-            jobs.append((Prompt(self.tok_encode(context), _visuals(rest)), _sampling(settings)))
+            jobs.append((Prompt(self.tok_encode(context), _visuals(rest)), sampling(settings)))
 
         def work(some: Sequence[tuple[Prompt, SamplingParams]]) -> list[str]:
             prompts, params = zip(*some, strict=True)
             return [completion.text for completion in self.model.complete(prompts, params)]
 
         keep = self._keeper("generate_until", requests)
-        return self._in_batches(jobs, lambda job: len(job[0].tokens), work, disable_tqdm, keep)
+        return in_batches(jobs, self.batch, lambda job: len(job[0].tokens), work, keep, quiet=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
         return self._score([(context, own, []) for _, context, own in requests], disable_tqdm, _forget)
@@ -144,27 +141,7 @@ class HarnessModel(TemplateLM):
                 for (context, _, _), (logprob, likeliest) in zip(some, found, strict=True)
             ]
 
-        return self._in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), work, quiet, keep)
-
-    def _in_batches(
-        self,
-        jobs: Sequence[Job],
-        length: Callable[[Job], int],
-        work: Callable[[Sequence[Job]], list[Done]],
-        quiet: bool,
-        keep: Callable[[int, Done], None],
-    ) -> list[Done]:
-        """`work` on batches of jobs that are alike in length, the longest first; what it gives in the jobs' order."""
-        order = sorted(range(len(jobs)), key=lambda i: -length(jobs[i]))
-        done: dict[int, Done] = {}
-        with tqdm(total=len(jobs), unit="request", leave=False, disable=quiet or None) as bar:
-            for start in range(0, len(order), self.batch):
-                some = order[start : start + self.batch]
-                for i, each in zip(some, work([jobs[i] for i in some]), strict=True):
-                    done[i] = each
-                    keep(i, each)
-                bar.update(len(some))
-        return [done[i] for i in range(len(jobs))]
+        return in_batches(pairs, self.batch, lambda pair: len(pair[0]) + len(pair[1]), work, keep, quiet=quiet)
 
 
 register_model("mllama_jax")(HarnessModel)
@@ -225,15 +202,3 @@ def _parts(text: str) -> list[dict[str, str]]:
 def _visuals(rest: Sequence[Any]) -> list[Image.Image]:
     """The pictures among what follows a request's texts."""
     return [open_image(image) for extra in rest for image in extra.get("visual") or []]
-
-
-def _sampling(settings: dict[str, Any]) -> SamplingParams:
-    """A task's generation settings; greedy unless it samples."""
-    until = settings.get("until") or []
-    return SamplingParams(
-        max_new_tokens=settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS)),
-        temperature=settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0,
-        top_p=settings.get("top_p", 1.0),
-        top_k=settings.get("top_k", 0),
-        stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-    )
