@@ -12,7 +12,6 @@ import datasets
 from PIL import Image
 
 from mllama_jax import Mllama
-from tests.conftest import *  # noqa: F403
 
 TASK = """
 task: toy_seen
