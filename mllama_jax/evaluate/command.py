@@ -91,9 +91,11 @@ def _ask_rows(args: argparse.Namespace) -> None:
     _begin(args)
 
     from mllama_jax.evaluate.run import evaluate
+    from mllama_jax.processes import agree
 
     asked = {"task": dataclasses.asdict(recipe), "data": [file.name for file in args.data]}
     asked |= {"data_sha256": digest(args.data), "rows": len(rows)}
+    agree({"data": asked["data_sha256"]})
     folder = None if not_first() else Folder(args.output, asked | _configuration(args))
     told = evaluate(lambda: _load(args), recipe, rows, folder, batch=args.batch)
     if folder is None:
