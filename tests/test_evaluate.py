@@ -157,6 +157,8 @@ def test_a_file_overrides_a_recipe(tmp_path: Path) -> None:
         (("metric", "extract = ['(.+']\nmetric"), r"extract: '(.+': missing ), unterminated subpattern"),
         (('source = "a test"', ""), "source is missing"),
         (("source", "["), "expected a TOML file"),
+        (("source", 'base = "docvqq"\nsource'), "task docvqq: is not there; known are ai2d, "),
+        (("[fields]", "[published]"), "published: expected a table of numbers, got "),
     ],
 )
 def test_recipes_that_cannot_be_used(task: Path, change: tuple[str, str], message: str) -> None:

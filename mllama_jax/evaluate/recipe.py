@@ -111,7 +111,8 @@ def load_recipe(name: str) -> Recipe:
     return recipe
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a file over those of its base; `above` are the files that are based on it."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     try:
         content = tomllib.loads(path.read_text())
@@ -119,9 +120,14 @@ def _read(name: str) -> dict[str, Any]:
         raise InputError(f"task {name}: is not there; known are {', '.join(known())}, or give a .toml file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"task {name}: cannot be read: {error}; expected a TOML file") from None
+    for key, kind in (("base", "str"), ("fields", "Fields")):
+        if key in content:
+            _check_kind(f"task {name}: {key}", content[key], kind)
     if (base := content.pop("base", None)) is None:
         return content
-    under = _read(base)
+    if base in (*above, name):
+        raise InputError(f"task {name}: base {base} leads back to itself; name another")
+    under = _read(base, (*above, name))
     return under | content | {"fields": under.get("fields", {}) | content.get("fields", {})}
 
 
@@ -132,6 +138,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
     "tuple[str, ...]": (list, "a list of texts"),
     "Mapping[str, float]": (dict, "a table of numbers"),
+    "Fields": (dict, "a table of columns"),
 }
 
 
@@ -139,9 +146,11 @@ def _check_kind(where: str, value: Any, kind: str) -> None:
     if kind not in _KINDS:
         return
     expected, told = _KINDS[kind]
-    inner = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
-    inside = str if isinstance(value, list) else (int, float)
-    if not isinstance(value, expected) or not all(isinstance(each, inside) for each in inner):
+    if not isinstance(value, expected):
+        raise InputError(f"{where}: expected {told}, got {value!r}")
+    inner = value if kind == "tuple[str, ...]" else value.values() if kind == "Mapping[str, float]" else ()
+    inside = str if kind == "tuple[str, ...]" else (int, float)
+    if not all(isinstance(each, inside) for each in inner):
         raise InputError(f"{where}: expected {told}, got {value!r}")
 
 
