@@ -140,5 +140,8 @@ def test_the_command(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["n-samples"]["toy_until"]["effective"] == 4
     assert json.loads((tmp_path / "run" / "result.json").read_text())["configuration"]["dtype"] == "float32"
+    monkeypatch.setattr(Mllama, "complete", None)  # every answer is there: nothing is asked
+    assert cli.main([*command, "--tasks", "toy_until", "--chat"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     assert cli.main([*command, "--tasks", "toy_untl"]) == 2
     assert "--tasks: toy_untl: not known to lm-eval" in capsys.readouterr().err
