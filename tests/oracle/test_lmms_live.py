@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import datasets
 from PIL import Image
 
 from mllama_jax import Mllama
+from mllama_jax.evaluate.vqa import normalise
 
 TASK = """
 task: toy_seen
@@ -52,3 +54,28 @@ def test_lmms_eval_gets_what_a_plain_loop_gives(
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         (alone,) = small.generate([[{"role": "user", "content": content}]], max_new_tokens=12, stop=[" "])
         assert answer == alone.text
+
+
+PIECES = "a The 3,000 dog's dont couldnt've / - x-y p.m. 2.5 , ten None oclock red, blue;green ? (no) $5 yes."
+NORMALISE = """
+import json, sys
+from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+theirs = EvalAIAnswerProcessor()
+texts = json.load(sys.stdin)
+print(json.dumps([theirs.process_digit_article(theirs.process_punctuation(text)) for text in texts]))
+"""
+
+
+def test_vqa_answers_are_normalised_as_lmms_eval_does() -> None:
+    """5,000 random strings of words and marks that its rules are about."""
+    pieces = PIECES.split()
+    rng = random.Random(0)
+    texts = ["".join(rng.choice(pieces) + rng.choice(["", " "]) for _ in range(4)).strip() for _ in range(5000)]
+    done = subprocess.run(
+        [os.environ["MLLAMA_LMMS_PYTHON"], "-c", NORMALISE],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [normalise(text) for text in texts]
