@@ -195,7 +195,9 @@ def _load(args: argparse.Namespace) -> Mllama:
 
 
 def _configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """What the answers follow from, beside the questions and the devices: a run goes on only with the same."""
+    """What answers follow from, beside the questions; a run goes on only with the same, on however many devices."""
+    import jax
+
     from mllama_jax.processes import versions
 
     return {
@@ -203,6 +205,7 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
         "weights": weights_digest(args.model),
         "dtype": args.dtype,
         "quantize": args.quantize,
+        "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
 

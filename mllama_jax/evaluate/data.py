@@ -46,9 +46,8 @@ class Row:
         """What stands behind the pictures."""
         pairs = zip(recipe.labels, self.options, strict=False)
         prompt = recipe.prompt if self.options else recipe.open_prompt or recipe.prompt
-        return prompt.format(
-            question=self.question, options="\n".join(f"{label}. {option}" for label, option in pairs)
-        ).lstrip("\n")
+        options = "\n".join(f"{label}. {option}" for label, option in pairs)
+        return prompt.format(question=self.question, options=options)
 
     def conversation(self, recipe: Recipe, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Pictures first, for text before a picture cannot see it."""
