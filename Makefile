@@ -57,6 +57,6 @@ $(VENV)-lmms/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-lmms
 	$(VENV)-lmms/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-lmms/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[eval]" "transformers>=5.17" accelerate "filelock<4" loguru openai python-dotenv tenacity
+	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[eval]" "transformers>=5.17" accelerate "filelock<4.3" loguru openai python-dotenv tenacity
 	$(VENV)-lmms/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@

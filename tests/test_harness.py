@@ -141,7 +141,8 @@ def test_the_command(
     assert report["n-samples"]["toy_until"]["effective"] == 4
     assert json.loads((tmp_path / "run" / "result.json").read_text())["configuration"]["dtype"] == "float32"
     monkeypatch.setattr(Mllama, "complete", None)  # every answer is there: nothing is asked
+    command.remove("--json")
     assert cli.main([*command, "--tasks", "toy_until", "--chat"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+    assert "|toy_until|" in capsys.readouterr().out
     assert cli.main([*command, "--tasks", "toy_untl"]) == 2
     assert "--tasks: toy_untl: not known to lm-eval" in capsys.readouterr().err
