@@ -262,7 +262,7 @@ def test_answers_do_not_depend_on_batches_meshes_and_processes(
 
 
 def test_report_page_and_comparison(run: Run, data: Path, task: Path, small_directory: Path, tmp_path: Path) -> None:
-    command = ("evaluate", "--model", small_directory, "--data", data, "--task", task, "--output")
+    command = ("evaluate", "--model", small_directory, "--data", data, "--task", task, "--batch", 2, "--output")
     assert run(*command, tmp_path / "a")[0] == 0
     data.write_text(data.read_text().replace('"What', '"<b>So</b>, what'))
     page = tmp_path / "page.html"
@@ -287,7 +287,8 @@ def test_report_page_and_comparison(run: Run, data: Path, task: Path, small_dire
 
 
 def test_folders_that_cannot_be_used(run: Run, data: Path, task: Path, small_directory: Path, tmp_path: Path) -> None:
-    command = ["evaluate", "--model", small_directory, "--data", data, "--task", task, "--limit", 3, "--output"]
+    command = ["evaluate", "--model", small_directory, "--data", data, "--task", task, "--limit", 4, "--batch", 2]
+    command.append("--output")
     run_folder = tmp_path / "run"
 
     def refused(message: str, *more: object) -> None:
@@ -299,7 +300,7 @@ def test_folders_that_cannot_be_used(run: Run, data: Path, task: Path, small_dir
     assert run(*command, run_folder)[0] == 0
     refused('holds another run (dtype: "float32" there, "bfloat16" now)', run_folder, "--dtype", "bfloat16")
     refused("holds other files", tmp_path)
-    refused("the runs differ in 1 questions, such as 'q3'", tmp_path / "c", "--limit", 4, "--versus", run_folder)
+    refused("the runs differ in 2 questions, such as 'q4'", tmp_path / "c", "--limit", 6, "--versus", run_folder)
     refused("--batch must be at least 1, got 0", tmp_path / "c", "--batch", 0)
     refused("nowhere/page.html: cannot write there", tmp_path / "c", "--html", tmp_path / "nowhere/page.html")
     refused("is no run's folder", tmp_path / "c", "--versus", tmp_path / "absent")
@@ -307,7 +308,7 @@ def test_folders_that_cannot_be_used(run: Run, data: Path, task: Path, small_dir
     result.write_bytes(result.read_bytes()[:-20])
     refused("result.json: is damaged or cut short", tmp_path / "c", "--versus", run_folder)
     assert run(*command, run_folder)[0] == 0  # makes it anew from the answers
-    assert json.loads(result.read_text())["n"] == 3
+    assert json.loads(result.read_text())["n"] == 4
     growing = run_folder / "answers.jsonl"
     growing.write_bytes(growing.read_bytes().replace(b'{"id": "q1"', b'{"id": "q1'))
     refused("answers.jsonl line 2: is damaged or cut short", run_folder)
