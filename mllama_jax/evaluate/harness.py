@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER, IMAGE = "<image>", "<|image|>"  # of a picture, in tasks and in prompts
 __all__ = ["HarnessModel", "make_table", "run", "tasks_of", "version"]
-Pair = tuple[list[int], list[int], list[Image.Image]]  # a context, its continuation, its pictures
+Pair = tuple[list[int], list[int], list[Any]]  # a context, its continuation, what a request has beside: pictures
 
 
 class HarnessModel(TemplateLM):
@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):
                 encoded = self._encode_pair(context, continuation)
             else:
                 encoded = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
-            pairs.append((*encoded, _visuals(rest)))
+            pairs.append((*encoded, rest))
         return self._score(pairs, disable_tqdm, self._keeper("loglikelihood", requests))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -111,16 +111,14 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to each context, which ends before any of its `until` texts."""
-        jobs = []
-        for context, settings, *rest in _arguments(requests):
-            jobs.append((Prompt(self.tok_encode(context), _visuals(rest)), sampling(settings)))
+        jobs = [(self.tok_encode(context), rest, sampling(own)) for context, own, *rest in _arguments(requests)]
 
-        def work(some: Sequence[tuple[Prompt, SamplingParams]]) -> list[str]:
-            prompts, params = zip(*some, strict=True)
-            return [completion.text for completion in self.model.complete(prompts, params)]
+        def work(some: Sequence[tuple[list[int], list[Any], SamplingParams]]) -> list[str]:
+            prompts = [Prompt(tokens, _visuals(rest)) for tokens, rest, _ in some]  # opened now, for there are many
+            return [each.text for each in self.model.complete(prompts, [params for _, _, params in some])]
 
         keep = self._keeper("generate_until", requests)
-        return in_batches(jobs, self.batch, lambda job: len(job[0].tokens), work, keep, quiet=disable_tqdm)
+        return in_batches(jobs, self.batch, lambda job: len(job[0]), work, keep, quiet=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
         return self._score([(context, own, []) for _, context, own in requests], disable_tqdm, _forget)
@@ -135,7 +133,7 @@ class HarnessModel(TemplateLM):
         """Of each continuation behind its context and pictures: log-probability, whether greedy makes it."""
 
         def work(some: Sequence[Pair]) -> list[tuple[float, bool]]:
-            found = self.model.following([a + b for a, b, _ in some], [images for _, _, images in some])
+            found = self.model.following([a + b for a, b, _ in some], [_visuals(rest) for _, _, rest in some])
             return [
                 (float(logprob[len(context) - 1 :].sum()), bool(likeliest[len(context) - 1 :].all()))
                 for (context, _, _), (logprob, likeliest) in zip(some, found, strict=True)
