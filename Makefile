@@ -18,8 +18,9 @@ lint: $(VENV)/.test
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 # What `make test` leaves out: Meta's code and two versions of transformers on the same weights.
-test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done
+test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done $(VENV)-lmms/.done
 	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
+	MLLAMA_LMMS_PYTHON=$(VENV)-lmms/bin/python \
 	MLLAMA_TRANSFORMERS_4_45_WHEEL=$(VENV)-transformers-4.54/transformers-4.45.2-py3-none-any.whl \
 		$(VENV)-oracle/bin/python -m pytest tests/oracle
 
@@ -49,4 +50,13 @@ $(VENV)-transformers-4.54/.done:
 	$(VENV)-transformers-4.54/bin/python -m pip install --quiet torch==2.13.0
 	$(VENV)-transformers-4.54/bin/python -m pip install --quiet transformers==4.54.1 pillow safetensors numpy
 	$(VENV)-transformers-4.54/bin/python -m pip download --quiet --no-deps --dest $(VENV)-transformers-4.54 transformers==4.45.2
+	touch $@
+
+# lmms-eval asks for dozens of packages that its tasks want, among them torchvision: these are what it imports.
+$(VENV)-lmms/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-lmms/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[eval]" "transformers>=5.17" accelerate "filelock<4.3" loguru openai python-dotenv tenacity
+	$(VENV)-lmms/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@

@@ -55,6 +55,11 @@ class Mllama:
     def config(self) -> MllamaConfig:
         return self.model.config
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups of devices a mesh splits the rows of a batch."""
+        return self._up(1, "batch")
+
     # ---- in arrays ------------------------------------------------------------------------------------------------
 
     def encode_images(self, images: Images) -> np.ndarray:
@@ -78,6 +83,18 @@ class Mllama:
         rows, cross = self._prepare(*_rows(tokens, images))
         logits = decode.all_logits(self.model, self.params, rows.tokens, cross)
         return decode.on_host(logits)[: len(tokens), : int(rows.lengths.max())]
+
+    def following(self, tokens: Sequence[Sequence[int]], images: Images) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each ragged row of T ids what the model says of the ids that follow each other.
+
+        Returns:
+            the log-probability, float32 [T - 1], of each id after the first, and bool [T - 1] whether it is the
+            likeliest.
+        """
+        rows, cross = self._prepare(*_rows(tokens, images))
+        logprob, likeliest = decode.on_host(decode.following(self.model, self.params, rows.tokens, cross))
+        lengths = rows.lengths[: len(tokens)]
+        return [(logprob[b, : n - 1], likeliest[b, : n - 1]) for b, n in enumerate(lengths)]
 
     def intermediates(self, tokens: Sequence[Sequence[int]] | np.ndarray, images: Images) -> dict[str, np.ndarray]:
         """Every named intermediate, for comparison layer by layer.
@@ -134,10 +151,12 @@ class Mllama:
             raise InputError("params must be a list, one SamplingParams for each conversation")
         if len(params) != len(conversations):
             raise InputError(f"params must be as many as conversations, got {len(params)} and {len(conversations)}")
-        tokenizer = self._tokenizer()
-        prompts = [self.prompt(conversation, tools) for conversation in conversations]
+        return self.complete([self.prompt(conversation, tools) for conversation in conversations], params)
+
+    def complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]:
+        """As `generate`, of conversations that `prompt` has read, or prompts of one's own."""
         each = [(prompt, one) for prompt, all_n in zip(prompts, params, strict=True) for one in all_n.each()]
-        answers = self._answers([prompt for prompt, _ in each], [one for _, one in each], tokenizer)
+        answers = self._answers([prompt for prompt, _ in each], [one for _, one in each], self._tokenizer())
         return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
 
     def stream(
@@ -157,8 +176,10 @@ class Mllama:
     def chat(self, *, tools: Tools | None = None) -> Chat:
         """A conversation of several turns that keeps its caches."""
         tokenizer = self._tokenizer()
-        if (parts := self._up(1, "batch")) > 1:
-            raise InputError(f"a chat is one row and the mesh splits rows in {parts}; load it on a mesh that does not")
+        if self.groups > 1:
+            raise InputError(
+                f"a chat is one row and the mesh splits rows in {self.groups}; load it on a mesh that does not"
+            )
         prompt = functools.partial(self.prompt, tools=tools)
         return Chat(self.model, self.params, prompt, lambda params: self._start([params], tokenizer)[0])
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mllama_jax import bench, planner
-from mllama_jax.convert.command import add_commands
+from mllama_jax.convert import command as conversion
 from mllama_jax.errors import InputError
+from mllama_jax.evaluate import command as evaluation
 from mllama_jax.processes import attend, attended, join_by_name, leaving
-from mllama_jax.serve import command as serve
+from mllama_jax.serve import command as serving
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
     chat.set_defaults(run=_chat)
 
-    served = serve.add_parser(commands)
+    served = serving.add_parser(commands)
     for command in (generate, chat, served):
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
@@ -90,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
             "--join", metavar="auto|HOST:PORT,PROCESS,PROCESSES", help="be one of the processes of a slice or cluster"
         )
 
-    add_commands(commands)
+    conversion.add_commands(commands)
+    evaluation.add_commands(commands)
     planner.add_parser(commands)
     bench.add_parser(commands)
     for command in (generate, inspect, check):
@@ -99,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _stage(what: str) -> Iterator[None]:
+def stage(what: str) -> Iterator[None]:
     """Say on a terminal what is going on, and how long it took."""
     if not sys.stderr.isatty():
         yield
@@ -134,7 +136,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace) -> Mllama:
-    with _stage("starting JAX"):
+    with stage("starting JAX"):
         import jax
 
         from mllama_jax import load
@@ -143,20 +145,20 @@ def load_model(args: argparse.Namespace) -> Mllama:
         use_compilation_cache()
         args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         preset = args.preset or ("serve" if jax.process_count() > 1 else None)
-    with _stage(f"loading {args.model}"):
+    with stage(f"loading {args.model}"):
         if preset is None:
             return load(args.model, dtype=args.dtype)
         return load(args.model, dtype=args.dtype, mesh=preset_mesh(args.model, preset), rules=preset)
 
 
-def _join(args: argparse.Namespace) -> None:
+def join(args: argparse.Namespace) -> None:
     """Become one of the processes that `--join` means, all given the same arguments."""
     if args.join is not None:
         arguments = {name: str(value) for name, value in vars(args).items() if name not in ("join", "run")}
         join_by_name(args.join, arguments)
 
 
-def _not_first() -> bool:
+def not_first() -> bool:
     import jax
 
     return jax.process_index() > 0
@@ -177,9 +179,9 @@ def _generate(args: argparse.Namespace) -> None:
         _check_look(args.look, args.image)
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
-    _join(args)
+    join(args)
     model = load_model(args)
-    if _not_first():  # the first process speaks for all
+    if not_first():  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
@@ -190,7 +192,7 @@ def _generate(args: argparse.Namespace) -> None:
         answer = completion.text
     else:
         pieces = model.stream(conversation, **sampling)
-        with _stage("reading the prompt (compiles on first use)"):
+        with stage("reading the prompt (compiles on first use)"):
             answer = next(pieces, "")
         print(answer, end="", flush=True)
         for piece in pieces:
@@ -198,7 +200,7 @@ def _generate(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
     if args.look is not None:
-        with _stage(f"drawing {args.look}"):
+        with stage(f"drawing {args.look}"):
             sheet = model.look(conversation, answer).draw()
             try:
                 sheet.save(args.look)
@@ -235,7 +237,7 @@ def _check(args: argparse.Namespace) -> int:
     """Exit code 1 where a comparison is beyond its limit."""
     from mllama_jax.check import environment, findings, pace
 
-    _join(args)
+    join(args)
     where, found = environment(), []
     if not args.json:
         print("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n")

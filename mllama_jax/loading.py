@@ -88,10 +88,13 @@ def load(
     return Mllama(model, quantize_parameters(params, tuple) if made else params, tokenizer, template, Path(path))
 
 
-def preset_mesh(path: str | os.PathLike[str], preset: str = "serve") -> Mesh:
-    """The mesh on which a preset spreads a checkpoint's model over all devices. Raises InputError."""
+def preset_mesh(path: str | os.PathLike[str], preset: str = "serve", group: int | None = None) -> Mesh:
+    """The mesh on which a preset spreads a checkpoint's model over all devices.
+
+    `group` devices share a row, as many as the preset says by default. Raises InputError.
+    """
     config = read_config(open_checkpoint(path))
-    return make_mesh(mesh_axes(preset, config, jax.device_count()), jax.devices())
+    return make_mesh(mesh_axes(preset, config, jax.device_count(), group), jax.devices())
 
 
 def _facts(config: MllamaConfig, settings: Mapping[str, object]) -> dict[str, str]:

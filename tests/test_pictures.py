@@ -17,7 +17,6 @@ from mllama_jax.train.pictures import tokenizer as tokenizers
 from mllama_jax.train.pictures.charts import CATEGORIES, Chart
 from mllama_jax.train.pictures.labels import CHARACTERS, CLASSES, patch_labels
 from mllama_jax.train.pictures.scenes import COLOURS, SHAPES, Scene
-from mllama_jax.train.pictures.score import anls, exact_match, levenshtein, relaxed_accuracy
 from mllama_jax.train.pictures.text import Sign
 
 
@@ -296,34 +295,6 @@ def test_labels_of_characters_spell_the_words(examples):
             assert sign.words[n - 1][i - 1] == letter
         found, total = found + len(seen), total + sum(map(len, sign.words))
     assert found > 0.7 * total  # narrow letters may lie between the centres of two patches
-
-
-# ---- Scores -------------------------------------------------------------------------------------------------------
-
-
-def test_exact_match_ignores_case_blanks_and_a_full_stop():
-    assert exact_match(" Top Left. ", "top left") == 1
-    assert exact_match("top", "top left") == 0
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
-    [
-        *(("95", "100", 1), ("94", "100", 0), ("105", "100", 1), ("0.1", "10%", 1), ("1", "0", 0), ("0", "0", 1)),
-        *(("Pear", "pear", 1), ("pears", "pear", 0), ("five", "5", 0), ("-95", "-100", 1)),
-    ],
-)
-def test_relaxed_accuracy(prediction, answer, score):
-    assert relaxed_accuracy(prediction, answer) == score
-
-
-def test_anls():
-    assert [levenshtein(*pair) for pair in (("kitten", "sitting"), ("", "abc"), ("same", "same"))] == [3, 3, 0]
-    assert anls("helo", "hello") == pytest.approx(0.8)
-    assert anls("HELLO  world", "hello world") == 1
-    assert anls("abxy", "abcd") == 0  # at the threshold of half the letters
-    assert anls("exit", "entry", "exits") == pytest.approx(0.8)
-    assert anls("", "") == 1
 
 
 # ---- Tokenizer ----------------------------------------------------------------------------------------------------

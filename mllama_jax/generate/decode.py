@@ -21,6 +21,7 @@ from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 CHUNK = 2048  # tokens of a prompt read at once
+SCORED = 128  # positions whose logits are made at once
 
 
 def chunk() -> int:
@@ -138,6 +139,30 @@ def all_logits(model: MllamaModel, params: Params, tokens: jax.Array, cross: Cro
     """Logits float32 [B, T, V] of every position of tokens [B, T]."""
     x, _ = call(model, params, "__call__", *_whole(model, tokens), cross)
     return call(model, params, "logits", x)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def following(
+    model: MllamaModel, params: Params, tokens: jax.Array, cross: CrossCache | None
+) -> tuple[jax.Array, jax.Array]:
+    """For tokens [B, T] what the model says of each one's successor: log-probability, whether it is the likeliest.
+
+    Both are [B, T - 1]. Logits are made for a few positions at a time, for they are what needs memory.
+    """
+    x, _ = call(model, params, "__call__", *_whole(model, tokens), cross)
+    size = largest_divisor(tokens.shape[1], SCORED)
+    successors = jnp.roll(tokens, -1, axis=1)
+
+    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, successor = chunk
+        logits = call(model, params, "logits", x)
+        logprobs = jax.nn.log_softmax(logits)
+        found = jnp.take_along_axis(logprobs, successor[..., None], axis=-1, mode="clip")[..., 0]
+        return found, logits.argmax(axis=-1) == successor
+
+    chunks = rearrange(x, "b (n t) d -> n b t d", t=size), rearrange(successors, "b (n t) -> n b t", t=size)
+    logprob, likeliest = (rearrange(each, "n b t -> b (n t)")[:, :-1] for each in jax.lax.map(score, chunks))
+    return logprob, likeliest
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "length"))

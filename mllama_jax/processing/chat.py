@@ -174,7 +174,7 @@ def encode_conversation(
         documents=None,
         add_generation_prompt=add_generation_prompt,
     )
-    tokens = _tokenize(rendered, tokenizer)
+    tokens = tokenize(rendered, tokenizer)
     if sources and (count := tokens.count(tokenizer.image_token)) != len(sources):
         raise InputError(f"chat template: expected an image token for each of {len(sources)} images, got {count}")
     while tokens[:1] == [tokenizer.bos]:
@@ -258,7 +258,8 @@ def _escaper(specials: tuple[str, ...]) -> Callable[[str], str]:
     return lambda text: pattern.sub(rf"{ESCAPE}\g<0>", text)
 
 
-def _tokenize(rendered: str, tokenizer: Tokenizer) -> list[int]:
+def tokenize(rendered: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of what a template rendered: names of special tokens become those tokens, but where escaped."""
     text, *marks = re.split(f"{ESCAPE}(.)|{tokenizer.special_names}|{CUT}", rendered, flags=re.DOTALL)
     tokens: list[int] = []
     for escaped, name, behind in zip(marks[::3], marks[1::3], marks[2::3], strict=True):
