@@ -17,6 +17,7 @@ from mllama_jax import bench, planner
 from mllama_jax.convert.command import add_commands
 from mllama_jax.errors import InputError
 from mllama_jax.processes import attend, attended, join_by_name, leaving
+from mllama_jax.train import command as train
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_commands(commands)
     planner.add_parser(commands)
     bench.add_parser(commands)
+    train.add_parser(commands)
     for command in (generate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -44,6 +44,7 @@ def load(
     rules: str | Mapping[str, MeshAxes] = "serve",
     quantize: str | None = None,
     verify: bool = False,
+    trained: Callable[[tuple[str, ...]], bool] = lambda path: False,
 ) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
@@ -58,6 +59,7 @@ def load(
         quantize: "int8" keeps the decoder's kernels in int8, one scale an output, and quantises activations token by
             token; half the memory and less to read for each token. On one device.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
+        trained: which parameters, by their paths, are float32 whatever `dtype` the model computes in.
 
     Raises:
         InputError: the directory, its config or its tensors cannot be used.
@@ -82,9 +84,8 @@ def load(
         placed = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
         model = MllamaModel(config, jnp.dtype(dtype), placed)
         wanted = paths(resolve(config, placed, jnp.dtype(dtype)))
-    params = load_parameters(
-        parameters(checkpoint, config), _quantizer(jnp.dtype(dtype)) if quantize else _placer(jnp.dtype(dtype), wanted)
-    )
+    put = _placer(lambda path: jnp.dtype("float32" if trained(path) else dtype), wanted)
+    params = load_parameters(parameters(checkpoint, config), _quantizer(put) if quantize else put)
     if quantize:
         params = quantize_parameters(params, lambda pair: pair)
     return Mllama(model, params, tokenizer, template, Path(path))
@@ -121,17 +122,18 @@ def _small_files(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 Read = Callable[[tuple[slice, ...]], np.ndarray]
+Put = Callable[[tuple[str, ...], tuple[int, ...], Read], Any]
 
 
 def _placer(
-    dtype: np.dtype, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None
-) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
+    dtype: Callable[[tuple[str, ...]], np.dtype], wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None
+) -> Put:
     """A function that puts a parameter where `wanted` says, reading what this process's devices hold of it."""
 
     def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
         @functools.lru_cache(maxsize=1)  # replicas come one after another
         def piece(bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
-            return read(tuple(slice(*each) for each in bounds)).astype(dtype, copy=False)
+            return read(tuple(slice(*each) for each in bounds)).astype(dtype(path), copy=False)
 
         if wanted is None:
             return jax.device_put(piece(((None, None),) * len(shape)))
@@ -142,9 +144,9 @@ def _placer(
     return put
 
 
-def _quantizer(dtype: np.dtype) -> Callable[[tuple[str, ...], tuple[int, ...], Read], Any]:
-    """A function that puts a parameter on the device, one that int8 is for as its values and scales."""
-    put, shrink = _placer(dtype, None), jax.jit(quantized)
+def _quantizer(put: Put) -> Put:
+    """`put` that leaves a parameter that int8 is for as its values and scales."""
+    shrink = jax.jit(quantized)
 
     def place(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Any:
         whole = put(path, shape, read)

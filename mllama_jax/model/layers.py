@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -29,6 +30,14 @@ def run(layer: nn.Module, *args: Any) -> Any:
 
 def keep_all(run: Callable) -> Callable:
     return run
+
+
+# What the backward pass computes again of each layer: all, all but the products with kernels, nothing.
+REMAT: dict[str, Remat] = {
+    "layer": nn.remat,
+    "dots": functools.partial(nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "nothing": keep_all,
+}
 
 
 def unconstrained(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -35,11 +35,12 @@ TooLong = Literal["drop", "cut"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Tokens, the label of each, and where the pictures of its image tokens are: paths or bytes."""
+    """Tokens, the label of each, where the pictures of its image tokens are, and whether tokens were cut off."""
 
     tokens: list[int]
     labels: list[int]
     sources: list[Path | bytes]
+    cut: bool = False
 
     def images(self) -> list[Image.Image]:
         return [open_image(source) for source in self.sources]
@@ -93,12 +94,12 @@ class Reader:
         labels = answer_labels(tokens, self.tokenizer)
         if all(label == IGNORED for label in labels):
             raise InputError("no answer to learn from; expected a message of the assistant's")
-        if len(tokens) > self.length:
+        if cut := len(tokens) > self.length:
             keep = slice(self.length if self.too_long == "cut" else 0)
             tokens, labels, left_out = tokens[keep], [*labels[keep][:-1], IGNORED], tokens[keep.stop :]
             if self.config.image_token in left_out or all(label == IGNORED for label in labels):
                 return None
-        return Row(tokens, labels, sources)
+        return Row(tokens, labels, sources, cut)
 
 
 _UNSEEN = Image.new("RGB", (1, 1))  # stands for a picture where only tokens are wanted
@@ -155,7 +156,9 @@ class Chats:
         self.dropped = self.cut = 0
         with (
             open(self.path, "rb") as file,
-            tqdm(total=self.path.stat().st_size, unit="B", unit_scale=True, desc=f"reading {path}", disable=None) as bar,
+            tqdm(
+                total=self.path.stat().st_size, unit="B", unit_scale=True, desc=f"reading {path}", disable=None
+            ) as bar,
         ):
             start = 0
             for number, line in enumerate(file, start=1):
@@ -163,8 +166,9 @@ class Chats:
                     rows = self._rows(line, number)
                     self.dropped += rows is None
                     if rows is not None:
-                        sizes = [(len(row.tokens), len(row.sources)) for row in rows]
-                        found.append((number, start, *map(max, *sizes)) if len(sizes) > 1 else (number, start, *sizes[0]))
+                        self.cut += any(row.cut for row in rows)
+                        tokens, pictures = (max(map(len, each)) for each in zip(*((r.tokens, r.sources) for r in rows)))
+                        found.append((number, start, tokens, pictures))
                 start += len(line)
                 bar.update(len(line))
         if not found:

@@ -110,9 +110,7 @@ class Batches:
         return sorted(int(line) for line in self.chats.lines[self.order[step][1]])
 
 
-def make_batch(
-    rows: Sequence[tuple[Row, list[Image.Image]] | None], shape: Shape, config: MllamaConfig
-) -> Batch:
+def make_batch(rows: Sequence[tuple[Row, list[Image.Image]] | None], shape: Shape, config: MllamaConfig) -> Batch:
     """Rows padded to `shape`; None for one that is empty."""
     tokens = np.full((len(rows), shape.length), config.pad, np.int32)
     labels = np.full((len(rows), shape.length), IGNORED, np.int32)

@@ -47,22 +47,24 @@ class Lora:
         return self.alpha / self.rank
 
 
-def split(params: Params, config: MllamaConfig, part: Part) -> tuple[Params, Params]:
-    """A tree of parameters as the part that is trained and the frozen rest; of `lora` nothing is trained yet.
+def is_trained(config: MllamaConfig, part: Part, path: Path) -> bool:
+    """Whether a parameter of the checkpoint is trained; of `lora` none is.
 
     The adapter is the vision encoder, the projector and the cross-attention layers.
     """
+    if part == "adapter":
+        return path[0] != "text" or path[1] in {f"layers_{i}" for i in config.text.cross_layers}
+    return part == "full"
+
+
+def split(params: Params, config: MllamaConfig, part: Part) -> tuple[Params, Params]:
+    """A tree of parameters as the part that is trained and the frozen rest."""
     if part == "adapter" and config.vision is None:
         raise InputError("part: 'adapter' trains what sees, and this model is text-only; choose lora or full")
-    cross = {f"layers_{i}" for i in config.text.cross_layers}
-
-    def trained(path: Path) -> bool:
-        return part == "full" or (part == "adapter" and (path[0] != "text" or path[1] in cross))
-
     flat = flatten_dict(params)
     return (
-        unflatten_dict({path: leaf for path, leaf in flat.items() if trained(path)}),
-        unflatten_dict({path: leaf for path, leaf in flat.items() if not trained(path)}),
+        unflatten_dict({path: leaf for path, leaf in flat.items() if is_trained(config, part, path)}),
+        unflatten_dict({path: leaf for path, leaf in flat.items() if not is_trained(config, part, path)}),
     )
 
 
@@ -83,19 +85,29 @@ def lora_shapes(config: MllamaConfig, lora: Lora) -> Params:
     axis, each has its own: [parts, rank, in].
     """
     found: dict[Path, Any] = {}
-    boxed = flatten_dict(abstract_parameters(config), is_leaf=lambda _, leaf: isinstance(leaf, nn.Partitioned))
-    for path, leaf in boxed.items():
-        if path[-1] != "kernel" or not re.search(lora.targets, "/".join(path[:-1])):
+    for path, leaf in kernels(config).items():
+        if not is_adapted(lora, path):
             continue
         shape, names = leaf.value.shape, leaf.names
         parts = shape[:1] if names[0] is None else ()
         a, b = (*parts, lora.rank, shape[-1]), (*shape[:-1], lora.rank)
-        found[(*path[:-1], "lora_a")] = _boxed(a, (*(None,) * len(parts), None, names[-1]))
-        found[(*path[:-1], "lora_b")] = _boxed(b, (*names[:-1], None))
+        found[(*path, "lora_a")] = _boxed(a, (*(None,) * len(parts), None, names[-1]))
+        found[(*path, "lora_b")] = _boxed(b, (*names[:-1], None))
     if not found:
-        maps = ["/".join(path[:-1]) for path in boxed if path[-1] == "kernel"]
+        maps = ["/".join(path) for path in kernels(config)]
         raise InputError(f"lora.targets: {lora.targets!r} matches none of {len(maps)} linear maps, such as {maps[0]}")
     return unflatten_dict(found)
+
+
+def kernels(config: MllamaConfig) -> dict[Path, nn.Partitioned]:
+    """The kernels of all linear maps, abstract, by the maps' paths."""
+    boxed = flatten_dict(abstract_parameters(config), is_leaf=lambda _, leaf: isinstance(leaf, nn.Partitioned))
+    return {path[:-1]: leaf for path, leaf in boxed.items() if path[-1] == "kernel"}
+
+
+def is_adapted(lora: Lora, path: Path) -> bool:
+    """Whether a linear map gets a low-rank addition."""
+    return re.search(lora.targets, "/".join(path)) is not None
 
 
 def _boxed(shape: tuple[int, ...], names: tuple[str | None, ...]) -> nn.Partitioned:
