@@ -12,10 +12,9 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,24 +25,10 @@ from tqdm import tqdm
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.processing.chat import ChatTemplate, encode_conversation
-from mllama_jax.processing.image import open_image
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.train.batch import IGNORED, answer_labels
+from mllama_jax.train.batch import IGNORED, Row, answer_labels
 
 TooLong = Literal["drop", "cut"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Tokens, the label of each, where the pictures of its image tokens are, and whether tokens were cut off."""
-
-    tokens: list[int]
-    labels: list[int]
-    sources: list[Path | bytes]
-    cut: bool = False
-
-    def images(self) -> list[Image.Image]:
-        return [open_image(source) for source in self.sources]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +152,7 @@ class Chats:
                     self.dropped += rows is None
                     if rows is not None:
                         self.cut += any(row.cut for row in rows)
-                        tokens, pictures = (max(map(len, each)) for each in zip(*((r.tokens, r.sources) for r in rows)))
+                        tokens, pictures = (max(len(r.tokens) for r in rows), max(len(r.sources) for r in rows))
                         found.append((number, start, tokens, pictures))
                 start += len(line)
                 bar.update(len(line))

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int | None:
         print(json.dumps(report))
         return None
     print(
-        f"{report['result']}: {report['steps']} steps, loss {report['loss']:.4f}, {report['tokens_per_second']:.0f} tokens/s"
+        f"{report['result']}: {report['steps']} steps, loss {report['loss']:.4f}, "
+        f"{report['tokens_per_second']:.0f} tokens/s"
     )
     if "held_out_loss" in report:
         print(f"  held out: loss {report['held_out_loss']:.4f}, at best {report['best_held_out_loss']:.4f}")

@@ -43,7 +43,7 @@ class History:
         self.last = time.monotonic()
         self.bar = tqdm(total=self.recipe.steps, initial=self.begun, unit="step", desc=str(self.out), disable=None)
         if self.first:
-            self.file = open(self.out / FILE, "w", buffering=1)  # noqa: SIM115
+            self.file = open(self.out / FILE, "w", buffering=1)
             self.file.writelines(json.dumps(line) + "\n" for line in self.steps)
             self.events = SummaryWriter(str(self.out / "events"), purge_step=self.begun + 1 if self.begun else None)
         return self
@@ -88,7 +88,7 @@ class History:
                     self.events.add_scalar(name, value, step)
 
     def summary(self) -> dict[str, Any]:
-        """Of the whole run: its last loss, the best of what is held out; and the median speed behind the first steps."""
+        """Of the whole run: its last loss, the last and the best of what is held out, and the median speed."""
         held_out = [line["held_out_loss"] for line in self.steps if "held_out_loss" in line]
         found: dict[str, Any] = {"steps": len(self.steps), "resumed": self.begun, "loss": self.steps[-1]["loss"]}
         if held_out:

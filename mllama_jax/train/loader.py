@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -12,26 +11,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mllama_jax.config import MllamaConfig
 from mllama_jax.generate.batch import bucket
-from mllama_jax.model.vision import TILES
-from mllama_jax.processing.chat import image_spans
-from mllama_jax.processing.image import split_tiles
 from mllama_jax.sharding.rules import Rules
-from mllama_jax.train.batch import IGNORED, Batch
-from mllama_jax.train.chats import Chats, Row
-from mllama_jax.train.step import stacked
+from mllama_jax.train.batch import Batch, Row, Shape, make_batch, stacked
+from mllama_jax.train.chats import Chats
 
 SHORTEST = 32  # the least length of a batch
 AHEAD = 4  # steps that are read before they are wanted, each by a thread of its own
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What the rows of a batch are padded to: so many tokens, so many pictures each."""
-
-    length: int
-    pictures: int
 
 
 class Order:
@@ -108,28 +94,6 @@ class Batches:
     def lines(self, step: int) -> list[int]:
         """The numbers of the lines that a step reads."""
         return sorted(int(line) for line in self.chats.lines[self.order[step][1]])
-
-
-def make_batch(rows: Sequence[tuple[Row, list[Image.Image]] | None], shape: Shape, config: MllamaConfig) -> Batch:
-    """Rows padded to `shape`; None for one that is empty."""
-    tokens = np.full((len(rows), shape.length), config.pad, np.int32)
-    labels = np.full((len(rows), shape.length), IGNORED, np.int32)
-    vision = config.vision
-    tiles, tile = (vision.max_tiles, vision.tile) if vision is not None else (0, 0)
-    pixels = np.zeros((len(rows) * shape.pictures, tiles, 3, tile, tile), np.uint8)
-    ratio_ids = np.zeros(len(pixels), np.int32)
-    spans = np.zeros((len(rows), shape.pictures, tiles, 2), np.int32)
-    for b, filled in enumerate(rows):
-        if filled is None:
-            continue
-        row, images = filled
-        tokens[b, : len(row.tokens)], labels[b, : len(row.labels)] = row.tokens, row.labels
-        for i, (image, span) in enumerate(zip(images, image_spans(row.tokens, config.image_token), strict=True)):
-            place = b * shape.pictures + i
-            split, ratio_ids[place] = split_tiles(image, tile, tiles)
-            pixels[place, : len(split)] = split
-            spans[b, i, : TILES[ratio_ids[place]]] = span
-    return Batch(tokens, labels, pixels, ratio_ids, spans.reshape(len(rows), shape.pictures * tiles, 2))
 
 
 def own_samples(samples: int, rules: Rules | None) -> slice:

@@ -44,7 +44,7 @@ class Recipe:
         weight_decay, clip: AdamW's decay, of matrices only, and the most that the gradient's norm may be.
         dtype: of the computation and of frozen parameters; what is trained is float32.
         quantize: `int8` keeps the decoder's frozen kernels in int8; for `lora`.
-        remat: what the backward pass computes again: a whole `layer`, all of it but its products (`dots`), or `nothing`.
+        remat: what the backward pass does again of each `layer`: all, all but its products (`dots`), or `nothing`.
         preset: how a mesh of all devices is used: `fsdp`, `fsdp+tensor` ...; one device by default.
         save_every, keep: checkpoints; the last and the best `keep` stay.
     """
@@ -72,7 +72,7 @@ class Recipe:
     save_every: int = 100
     keep: int = 2
     seed: int = 0
-    lora: Lora = Lora()
+    lora: Lora = dataclasses.field(default_factory=Lora)
 
     def __post_init__(self) -> None:
         for name, known in ONE_OF.items():
@@ -127,7 +127,8 @@ def _fill(kind: type, content: Any, prefix: str) -> Any:
     fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
     if unknown := sorted(content.keys() - fields.keys()):
         raise InputError(f"{prefix}{unknown[0]}: not known; known are {', '.join(fields)}")
-    if missing := [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in content]:
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in content]:
         raise InputError(f"{prefix}{missing[0]}: missing; a recipe has to say it")
     values = {}
     for name, value in content.items():

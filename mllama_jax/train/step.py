@@ -78,11 +78,6 @@ def train_step(loss: PartLoss, optimizer: optax.GradientTransformation) -> Step:
     return step
 
 
-def stacked(batches: list[Batch]) -> Batch:
-    """Batches of the same shapes, each array with a first axis for them."""
-    return jax.tree.map(lambda *each: np.stack(each), *batches)
-
-
 # Which cell (y, x) of Meta's 4 x 4 grid each aspect ratio's tile is; 16 where there is no tile.
 _CELLS = np.full((len(TILES), 4), 16)
 for _i, (_h, _w) in enumerate(ASPECT_RATIOS, start=1):

@@ -230,6 +230,6 @@ def _check(trainer: Trainer, step: int, report: Report) -> None:
         lines = trainer.batches.lines(step - 1)
         named = f"lines {', '.join(map(str, lines))}" if len(lines) > 1 else f"line {lines[0]}"
         raise InputError(
-            f"step {step}: loss {loss}, gradient {gradient}; its batch is {named} of {trainer.batches.chats.path}; look "
-            "at these, or train with a lower learning_rate; the last checkpoint is from before"
+            f"step {step}: loss {loss}, gradient {gradient}; its batch is {named} of "
+            f"{trainer.batches.chats.path}; look at these, or lower learning_rate; the last checkpoint is from before"
         )

@@ -25,13 +25,13 @@ from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 from mllama_jax.convert.export import write_hf
 from mllama_jax.loading import load
 from mllama_jax.model.mllama import MllamaModel, Params, init_parameters
-from mllama_jax.train.batch import IGNORED, Batch
+from mllama_jax.train.batch import IGNORED, Batch, stacked
 from mllama_jax.train.loss import cross_entropy, encode, log_likelihoods
 from mllama_jax.train.pictures import tokenizer
 from mllama_jax.train.pictures.batches import PictureBatch, batches
 from mllama_jax.train.pictures.labels import CLASSES
 from mllama_jax.train.pictures.stream import FAMILIES
-from mllama_jax.train.step import TrainState, stacked, tie_tiles, train_step
+from mllama_jax.train.step import TrainState, tie_tiles, train_step
 
 CONFIG = MllamaConfig(
     text=TextConfig(
