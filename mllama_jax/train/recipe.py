@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
 from mllama_jax.errors import InputError
@@ -96,7 +97,7 @@ class Recipe:
         schedule = optax.warmup_cosine_decay_schedule(0, self.learning_rate, int(self.warmup * self.steps), self.steps)
 
         def matrices(params: Any) -> Any:
-            return optax.tree_utils.tree_map(lambda leaf: leaf.ndim > 1, params)
+            return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
         adam = optax.adamw(schedule, weight_decay=self.weight_decay, mask=matrices)
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)

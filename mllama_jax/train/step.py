@@ -73,7 +73,7 @@ def train_step(loss: PartLoss, optimizer: optax.GradientTransformation) -> Step:
         gradient = jax.tree.map(lambda each: each * share, gradient)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, moments), Report(value * share, optax.global_norm(gradient), count)
+        return TrainState(state.step + 1, params, moments), Report(value * share, optax.tree.norm(gradient), count)
 
     return step
 
