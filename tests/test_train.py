@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -23,25 +22,12 @@ from mllama_jax.train import loss as losses
 from mllama_jax.train.batch import IGNORED, Batch, Row, Shape, make_batch, stacked
 from mllama_jax.train.loss import preference, supervised
 from mllama_jax.train.parts import Lora, Part, init_lora, merge, split
-from mllama_jax.train.pictures import recipe
 from mllama_jax.train.step import TrainState, train_step
-from tests.conftest import SMALL
+from tests.conftest import TINY
 
-assert SMALL.vision is not None
-TINY = dataclasses.replace(
-    SMALL,
-    text=dataclasses.replace(SMALL.text, layers=3, cross_layers=(1,)),
-    vision=dataclasses.replace(SMALL.vision, layers=1, global_layers=1, taps=(0,)),
-)
 LORA = Lora(rank=3, alpha=6.0)
 MODEL = MllamaModel(TINY)
 IMAGE = TINY.image_token
-
-
-@pytest.fixture(scope="module")
-def tiny_params() -> Params:
-    """Random weights with open gates."""
-    return jax.device_get(jax.jit(lambda key: recipe.start(key, TINY))(jax.random.key(1)))
 
 
 def rows(seed: int = 0) -> Batch:

@@ -29,11 +29,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     try:
+        from mllama_jax.cli import use_compilation_cache
         from mllama_jax.processes import join_by_name
         from mllama_jax.train.recipe import read_recipe
         from mllama_jax.train.trainer import Preempted, train
     except ModuleNotFoundError as error:
         raise InputError(f"training needs {error.name}: pip install 'mllama-jax[train]'") from None
+    use_compilation_cache()
     recipe = read_recipe(args.recipe)
     if args.join is not None:
         join_by_name(args.join, {"recipe": str(recipe), "out": str(args.out)})

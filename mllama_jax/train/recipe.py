@@ -27,7 +27,7 @@ ONE_OF = {
     "remat": tuple(REMAT),
     "preset": (None, *PRESETS),
 }
-POSITIVE = ("steps", "samples", "accumulate", "length", "evaluate_every", "save_every", "keep", "learning_rate", "clip")
+POSITIVE = ("steps", "samples", "accumulate", "length", "save_every", "keep", "learning_rate", "clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Recipe:
 
     Attributes:
         model: checkpoint directory that training begins from.
-        data, held_out: chats in JSON Lines, see `chats`; those held out are scored every `evaluate_every` steps.
+        data, held_out: chats in JSON Lines, see `chats`; those held out are scored before each checkpoint.
         part: what is trained: `adapter` (vision encoder, projector, cross-attention), `lora`, or `full`.
         loss: `supervised` (the assistant's tokens) or `preference` (DPO with `beta`, on chosen and rejected answers).
         steps: how many updates, each of `samples` chats, `accumulate` times.
@@ -69,7 +69,6 @@ class Recipe:
     quantize: str | None = None
     remat: str = "layer"
     preset: str | None = None
-    evaluate_every: int = 100
     save_every: int = 100
     keep: int = 2
     seed: int = 0

@@ -211,12 +211,11 @@ def _run(trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: Histo
         batches = next(reader)
         report = trainer.update(batches)
         _check(trainer, step, report)
-        loss = None
-        if trainer.held_out is not None and (step % recipe.evaluate_every == 0 or step == recipe.steps):
-            loss = trainer.evaluate()
-        history.add(step, batches, report, loss)
         leaving = bool(noted) if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
-        if leaving or step % recipe.save_every == 0 or step == recipe.steps:
+        due = step % recipe.save_every == 0 or step == recipe.steps
+        loss = trainer.evaluate() if due and trainer.held_out is not None else None
+        history.add(step, batches, report, loss)
+        if due or leaving:
             checkpoints.save(trainer.state, reader.get_state(), loss)
         if leaving:
             checkpoints.close()
