@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,14 @@ def test_a_run_that_is_ended_anywhere_ends_as_one_that_is_not(tiny_directory: Pa
     assert main(["train", str(recipe), str(tmp_path / "whole")]) == 0
     out = tmp_path / "ended"
     for what, moment, number, code, kept in (
-        ("kill", "step", 2, -9, None),  # before anything is saved
-        ("kill", "saving", 3, -9, None),
-        ("kill", "step", 5, -9, "3"),
-        ("term", "step", 4, 143, "5"),  # notices, does one more step, saves
-        ("kill", "saving", 6, -9, "5"),
+        ("kill", "saving", 3, -9, []),
+        ("term", "step", 4, 143, ["3", "5"]),  # noticed, one more step, saved
+        ("kill", "saving", 6, -9, ["3", "5"]),
     ):
         command = [sys.executable, "-m", "tests.tuned", str(recipe), str(out), what, moment, str(number)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == code, run.stderr
-        assert [each.name for each in sorted(out.glob("checkpoints/?"))][-1:] == ([kept] if kept else [])
+        assert sorted(each.name for each in out.glob("checkpoints/?")) == kept
     assert main(["train", str(recipe), str(out)]) == 0
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -83,3 +82,89 @@ def test_a_run_that_is_ended_anywhere_ends_as_one_that_is_not(tiny_directory: Pa
     assert whole[-1]["held_out_loss"] < whole[2]["held_out_loss"]
     assert (out / "history.png").stat().st_size > 10_000
     assert list(out.glob("events/*tfevents*"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_directory: Path) -> Callable[..., tuple[int, str]]:
+    """Train on lines; returns the exit code and what stands on stderr."""
+
+    def train(
+        capsys: pytest.CaptureFixture[str], directory: Path, lines: list[Any], **settings: Any
+    ) -> tuple[int, str]:
+        code = main(["train", str(write(directory, lines, tiny_directory, **settings)), str(directory / "out")])
+        return code, capsys.readouterr().err
+
+    return train
+
+
+def chat(*parts: Line, **others: Any) -> Line:
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "yes"}], **others}
+
+
+IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "Is it?"}
+BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    ("none", [], {}, "chats.jsonl: no chats in it; expected one a line"),
+    ("json", [line(0), "{\n"], {}, "chats.jsonl, line 2: expected JSON, got an error at "),
+    ("messages", [{"text": "?"}], {}, "line 1: expected an object with a list of messages under 'messages'"),
+    (
+        "no picture",
+        [line(0), chat(IMAGE, TEXT)],
+        {},
+        "line 2: an image part without a picture; give it an 'image', or ",
+    ),
+    ("spare", [chat(TEXT, images=["0.png"])], {}, "line 1: images: 1 pictures but 0 image parts without their own"),
+    ("absent", [chat(IMAGE, TEXT, images=["9.png"])], {}, "9.png': no such file; expected a picture, check the path"),
+    ("base64", [chat(IMAGE, TEXT, images=[{"bytes": "?"}])], {}, "line 1: picture: expected base64, got an error at"),
+    (
+        "broken",
+        [chat(IMAGE, TEXT, images=[{"bytes": "aGVsbG8="}])],
+        {},
+        "line 1: picture of 5 bytes: expected a picture",
+    ),
+    (
+        "silent",
+        [{"messages": [{"role": "user", "content": "?"}]}],
+        {},
+        "line 1: no answer to learn from; expected a mess",
+    ),
+    ("long", [line(0)], {"length": 8}, "nothing to learn from; 1 lines are longer than 8 tokens"),
+    ("pairs", [line(0)], {"loss": "preference"}, "a list of messages under 'chosen' and 'rejected'"),
+    ("part", [line(0)], {"part": "head"}, "recipe.toml: part: expected adapter, lora, full, got 'head'"),
+    ("type", [line(0)], {"steps": "8"}, "recipe.toml: steps: expected int, got '8'"),
+    ("key", [line(0)], {"stepps": 8}, "recipe.toml: stepps: not known; known are model, data, "),
+    ("sign", [line(0)], {"samples": 0}, "recipe.toml: samples: expected more than 0, got 0"),
+    ("int8", [line(0)], {"quantize": "int8", "part": "full"}, "int8 kernels cannot be trained; expected part 'lora'"),
+    ("lora", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("lines", "settings", "message"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
+def test_bad_input_is_told_in_one_line(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[Any], settings: Line, message: str
+) -> None:
+    code, said = run(capsys, tmp_path / "data", lines, **settings)
+    assert code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_directory_of_another_run_is_refused(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, tmp_path / "data", [line(0)], steps=1)[0] == 0
+    code, said = run(capsys, tmp_path / "data", [line(0)], steps=1, lora={"rank": 3})
+    assert code == 2
+    assert "holds a run of another recipe, lora: expected {'rank': 3," in said
+    (tmp_path / "data/out/recipe.json").unlink()
+    code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
+    assert (code, "expected a new or empty directory or one of a run" in said) == (2, True)
+
+
+def test_a_loss_that_is_no_number_names_its_batch(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line(i) for i in (2, 5, 8)]
+    code, said = run(capsys, tmp_path / "data", lines, learning_rate=1e30, clip=1e30, warmup=0.0, steps=20)
+    assert code == 2
+    assert "its batch is lines 1, 2, 3 of " in said
+    assert said.count("\n") == 1
