@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 from jax.experimental import multihost_utils
 
 from mllama_jax.api import Mllama
@@ -22,7 +21,7 @@ from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
 from mllama_jax.loading import load, preset_mesh
 from mllama_jax.model.layers import REMAT
-from mllama_jax.model.mllama import MllamaModel, Params
+from mllama_jax.model.mllama import Params
 from mllama_jax.sharding.rules import Rules
 from mllama_jax.train.batch import Batch
 from mllama_jax.train.chats import Chats, Reader
@@ -30,29 +29,10 @@ from mllama_jax.train.checkpoints import Checkpoints
 from mllama_jax.train.export import write_trained
 from mllama_jax.train.history import History
 from mllama_jax.train.loader import Batches, Order, own_samples, placed
-from mllama_jax.train.loss import preference, supervised
-from mllama_jax.train.parts import init_lora, is_trained, lora_shapes, merge, split
+from mllama_jax.train.objective import Frozen, optimizer_of, part_loss
+from mllama_jax.train.parts import init_lora, is_trained, lora_shapes, split
 from mllama_jax.train.recipe import Recipe
-from mllama_jax.train.step import Report, Step, TrainState, tie_tiles, train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """What a step reads and never changes: the parameters that are not trained, and what DPO compares with."""
-
-    params: Params
-    reference: Params | None = None
-
-
-jax.tree_util.register_dataclass(Frozen)
-
-
-def part_loss(recipe: Recipe, model: MllamaModel, trained: Params, frozen: Frozen, batch: Batch) -> Any:
-    """The recipe's loss of a batch, see `loss.Loss`."""
-    params = merge(trained, frozen.params, recipe.lora)
-    if frozen.reference is None:
-        return supervised(model, params, batch)
-    return preference(model, params, batch, merge(frozen.reference, frozen.params, recipe.lora), recipe.beta)
+from mllama_jax.train.step import Report, Step, TrainState, train_step
 
 
 def start(recipe: Recipe, loaded: Mllama) -> tuple[Params, Frozen]:
@@ -76,12 +56,6 @@ def _placed_lora(recipe: Recipe, loaded: Mllama) -> Params:
         )
     make = functools.partial(init_lora, config, recipe.lora)
     return jax.jit(make, out_shardings=shardings)(jax.random.key(recipe.seed))
-
-
-def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
-    """The recipe's optimiser; gradients of tile tables are first made such that Meta's layout can hold the tables."""
-    tie: Any = optax.stateless(lambda gradients, _: tie_tiles(gradients))
-    return recipe.optimizer() if recipe.part == "lora" else optax.chain(tie, recipe.optimizer())
 
 
 @dataclasses.dataclass
