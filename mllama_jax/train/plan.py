@@ -22,6 +22,7 @@ from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.rules import Rules
 from mllama_jax.train.batch import Batch
 from mllama_jax.train.flops import step_flops
+from mllama_jax.train.objective import Frozen, optimizer_of, part_loss
 from mllama_jax.train.parts import Part, lora_shapes, split
 from mllama_jax.train.recipe import Recipe
 from mllama_jax.train.step import TrainState, train_step
