@@ -16,7 +16,7 @@ from mllama_jax.train.recipe import Recipe, read_recipe
 from mllama_jax.train.trainer import Trainer
 
 STEPS = 20
-PRESETS: dict[Part, tuple[str, ...]] = {"adapter": ("fsdp",), "lora": ("serve",), "full": ("fsdp", "fsdp+tensor")}
+PRESETS: dict[Part, tuple[str, ...]] = {"adapter": ("fsdp", "fsdp+tensor"), "lora": ("serve",)}
 
 
 def curve(recipe: Recipe) -> tuple[list[float], Any]:
