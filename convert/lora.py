@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import renamed
+from mllama_jax.convert.apply import paths, renamed
 from mllama_jax.convert.axes import backward
 from mllama_jax.convert.safetensors import write_safetensors
 from mllama_jax.convert.table import table
@@ -25,7 +24,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 def write_lora(directory: Path, params: Params, config: MllamaConfig, rank: int, alpha: float, base: str) -> None:
     """Write pairs `lora_a`, `lora_b` (see `train.parts.lora_shapes`) of the checkpoint `base` as an adapter."""
-    flat, made, modules = flatten_dict(params), {}, []
+    flat, made, modules = paths(params), {}, []
     for row in table(config):
         path = row.target[:-1]
         if row.target[-1] != "kernel" or (*path, "lora_a") not in flat:

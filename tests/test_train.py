@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
+from mllama_jax.convert.apply import paths
 from mllama_jax.errors import InputError
 from mllama_jax.model.cache import empty_cache
 from mllama_jax.model.layers import REMAT
@@ -76,13 +76,10 @@ def test_only_the_part_is_trained(tiny_params: Params, part: Part) -> None:
         values.append(float(report.loss))
     assert values[-1] < values[0] - 0.05
     jax.tree.map(np.testing.assert_array_equal, frozen, kept)
-    names = set(flatten_dict(before))
-    assert set(flatten_dict(state.optimizer[0].mu)) == names == set(flatten_dict(state.params))
-    moved = {
-        path
-        for path, leaf in flatten_dict(state.params).items()
-        if not np.array_equal(leaf, flatten_dict(before)[path])
-    }
+    names = set(paths(before))
+    moments: Any = state.optimizer
+    assert set(paths(moments[0].mu)) == names == set(paths(state.params))
+    moved = {path for path, leaf in paths(state.params).items() if not np.array_equal(leaf, paths(before)[path])}
     assert moved == names
     cross = {f"layers_{i}" for i in TINY.text.cross_layers}
     if part == "adapter":
@@ -98,18 +95,19 @@ def test_a_new_lora_changes_nothing_and_a_trained_one_what_its_product_says(tiny
     plain = encode(tiny_params)
     lora = Lora(rank=2, alpha=3.0, targets="^(vision|projector)/")
     pairs = init_lora(TINY, lora, jax.random.key(1))
-    same = call(MODEL, merge(pairs, tiny_params, lora), "encode", np.ones((1, 4, 3, 56, 56), np.float32), np.array([6]))
+    same = encode(merge(pairs, tiny_params, lora))
     np.testing.assert_array_equal(plain, same)
     pairs = jax.tree.map(lambda leaf: leaf + 0.1, pairs)
-    flat, merged = flatten_dict(pairs), flatten_dict(tiny_params)
+    flat, merged = paths(pairs), paths(tiny_params)
     for path in {path[:-1] for path in flat}:
         a, b = flat[(*path, "lora_a")], flat[(*path, "lora_b")]
         change = jnp.einsum("cri,c...r->c...i", a, b) if a.ndim == 3 else jnp.tensordot(b, a, 1)
         merged[(*path, "kernel")] = merged[(*path, "kernel")] + 1.5 * change
-    beside = call(
-        MODEL, merge(pairs, tiny_params, lora), "encode", np.ones((1, 4, 3, 56, 56), np.float32), np.array([6])
-    )
-    into = encode(unflatten_dict(merged))
+    tree: Params = {}
+    for path, leaf in merged.items():
+        insert(tree, path, leaf)
+    beside = encode(merge(pairs, tiny_params, lora))
+    into = encode(tree)
     assert float(jnp.abs(beside - plain).max()) > 1e-2
     np.testing.assert_allclose(beside, into, atol=1e-4)
 
@@ -169,7 +167,7 @@ def _states(params: Params, batch: Batch) -> np.ndarray:
     tiles = losses.own_tiles(features, len(batch.tokens))
     cross = call(MODEL, params, "keys_values", tiles, batch.spans)
     positions = np.broadcast_to(np.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    cache = empty_cache(TINY.text, *batch.tokens.shape, jnp.dtype("float32"))
+    cache = empty_cache(TINY.text, len(batch.tokens), batch.tokens.shape[1], jnp.dtype("float32"))
     x, _ = call(MODEL, params, "__call__", batch.tokens, positions, cache, cross)
     return np.asarray(x)
 

@@ -12,10 +12,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from mllama_jax.cli import main
+from mllama_jax.train.batch import Batch
 from mllama_jax.train.history import History
+from mllama_jax.train.step import Report
 
 add = History.add
 
@@ -30,8 +31,8 @@ def watch(out: Path, step: int) -> None:
 if __name__ == "__main__":
     recipe, out, what, moment, number = sys.argv[1:]
 
-    def add_and_end(self: History, step: int, *args: Any) -> None:
-        add(self, step, *args)
+    def add_and_end(self: History, step: int, batches: Batch, report: Report, held_out: float | None) -> None:
+        add(self, step, batches, report, held_out)
         if step == int(number):
             os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
 

@@ -18,20 +18,25 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     """`einsum(equation, x, kernel * scale)` over the last axis of x [..., in] and of the int8 kernel [out..., in].
 
     The sums are int32, of activations quantised here, one scale a token. The gradient of x is that of the product with
     the whole activations, as if rounding were smooth; kernel and scale have none.
     """
+    y: Any = _product(equation, x, kernel, scale)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     values, own = quantize(x)
     y = jnp.einsum(equation, values, kernel, preferred_element_type=jnp.int32)
     return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype)
 
 
-def _forward(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, Any]:
-    return product(equation, x, kernel, scale), (kernel, scale)
+def _forward(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
+    return _product(equation, x, kernel, scale), (kernel, scale)
 
 
 def _backward(equation: str, saved: tuple[jax.Array, jax.Array], y: jax.Array) -> tuple[jax.Array, None, None]:
@@ -42,7 +47,7 @@ def _backward(equation: str, saved: tuple[jax.Array, jax.Array], y: jax.Array) -
     return jnp.einsum(f"{outputs},{weights}->{inputs}", y, whole, precision=precision), None, None
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def is_quantized(path: tuple[str, ...]) -> bool:

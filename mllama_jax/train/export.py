@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import jax
-from flax.traverse_util import flatten_dict
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import Parameter
+from mllama_jax.convert.apply import Parameter, paths
 from mllama_jax.convert.lora import write_lora
 from mllama_jax.convert.model import read_model
 from mllama_jax.convert.run import write_hugging_face
@@ -37,8 +36,7 @@ def write_trained(out: Path, recipe: Recipe, config: MllamaConfig, params: Param
     else:
         model = read_model(open_checkpoint(recipe.model))
         trained = {
-            path: Parameter.of(value.astype(model.parameters[path].dtype))
-            for path, value in flatten_dict(params).items()
+            path: Parameter.of(value.astype(model.parameters[path].dtype)) for path, value in paths(params).items()
         }
         write_hugging_face(dataclasses.replace(model, parameters={**model.parameters, **trained}), unfinished)
     shutil.rmtree(place, ignore_errors=True)

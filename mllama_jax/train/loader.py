@@ -89,7 +89,8 @@ class Batches:
     def read(self, start: int = 0) -> grain.DatasetIterator[Batch]:
         """The batches from a step on, in order, read ahead by threads."""
         options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
-        return iter(grain.MapDataset.source(self).to_iter_dataset(options))
+        source: Any = self
+        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
     def lines(self, step: int) -> list[int]:
         """The numbers of the lines that a step reads."""
@@ -114,8 +115,8 @@ def placed(batches: Batch, samples: int, mine: slice, rules: Rules | None) -> Ba
         each = local.shape[1] // (mine.stop - mine.start)
         shape, first = (local.shape[0], samples * each, *local.shape[2:]), mine.start * each
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[1].indices(shape[1])
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index or (slice(None),) * 2)[1].indices(shape[1])
             return local[:, start - first : stop - first]
 
         return jax.make_array_from_callback(shape, rules.sharding(None, "batch"), piece)

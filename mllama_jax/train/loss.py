@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 
@@ -15,9 +16,6 @@ from mllama_jax.model.mllama import MllamaModel, Params, call
 from mllama_jax.train.batch import IGNORED, Batch, normalise
 
 LOGITS_AT_ONCE = 2**27  # of all rows, before they are spread over a mesh
-
-Loss = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
-"""Parameters and a batch -> the sum of its losses and how many they are, both float32."""
 
 
 def encode(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
@@ -34,7 +32,9 @@ def log_likelihoods(model: MllamaModel, params: Params, batch: Batch, tiles: jax
     rows, length = batch.tokens.shape
     cross = None if tiles is None else call(model, params, "keys_values", tiles, batch.spans)
     positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-    cache = tuple(each.replace(fresh=True) for each in empty_cache(model.config.text, rows, length, model.dtype))
+    cache = tuple(
+        dataclasses.replace(each, fresh=True) for each in empty_cache(model.config.text, rows, length, model.dtype)
+    )
     x, _ = call(model, params, "__call__", batch.tokens, positions, cache, cross)
 
     @jax.checkpoint
@@ -83,7 +83,7 @@ def preference(
     return jnp.sum(losses * real), jnp.sum(real).astype(jnp.float32)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array | np.ndarray) -> jax.Array:
     """Mean cross-entropy of labels int [...] under logits [..., V], over those that are not IGNORED."""
     counts = labels != IGNORED
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))

@@ -28,7 +28,7 @@ jax.tree_util.register_dataclass(Frozen)
 
 
 def part_loss(recipe: Recipe, model: MllamaModel, trained: Params, frozen: Frozen, batch: Batch) -> Any:
-    """The recipe's loss of a batch, see `loss.Loss`."""
+    """The sum of a batch's losses and how many they are, by the recipe."""
     params = merge(trained, frozen.params, recipe.lora)
     if frozen.reference is None:
         return supervised(model, params, batch)
@@ -37,5 +37,5 @@ def part_loss(recipe: Recipe, model: MllamaModel, trained: Params, frozen: Froze
 
 def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
     """The recipe's optimiser; gradients of tile tables are first made such that Meta's layout can hold the tables."""
-    tie: Any = optax.stateless(lambda gradients, _: tie_tiles(gradients))
+    tie: Any = optax.stateless(lambda gradients, _: tie_tiles(gradients))  # pyright: ignore[reportArgumentType]
     return recipe.optimizer() if recipe.part == "lora" else optax.chain(tie, recipe.optimizer())

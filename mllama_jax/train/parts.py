@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllama_jax.config import MllamaConfig
+from mllama_jax.convert.apply import Path, insert, paths
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import Params, abstract_parameters
 
 Part = Literal["adapter", "lora", "full"]
-Path = tuple[str, ...]
 
 TARGETS = r"^text/layers_\d+/(attention|mlp)/"
 
@@ -61,10 +61,10 @@ def split(params: Params, config: MllamaConfig, part: Part) -> tuple[Params, Par
     """A tree of parameters as the part that is trained and the frozen rest."""
     if part == "adapter" and config.vision is None:
         raise InputError("part: 'adapter' trains what sees, and this model is text-only; choose lora or full")
-    flat = flatten_dict(params)
+    flat = paths(params)
     return (
-        unflatten_dict({path: leaf for path, leaf in flat.items() if is_trained(config, part, path)}),
-        unflatten_dict({path: leaf for path, leaf in flat.items() if not is_trained(config, part, path)}),
+        _tree({path: leaf for path, leaf in flat.items() if is_trained(config, part, path)}),
+        _tree({path: leaf for path, leaf in flat.items() if not is_trained(config, part, path)}),
     )
 
 
@@ -74,8 +74,8 @@ def merge(trained: Params, frozen: Params, lora: Lora) -> Params:
     def scaled(path: Path, leaf: Any) -> Any:
         return leaf * lora.scale if path[-1] == "lora_b" else leaf
 
-    own = {path: scaled(path, leaf) for path, leaf in flatten_dict(trained).items()}
-    return unflatten_dict(flatten_dict(frozen) | own)
+    own = {path: scaled(path, leaf) for path, leaf in paths(trained).items()}
+    return _tree(paths(frozen) | own)
 
 
 def lora_shapes(config: MllamaConfig, lora: Lora) -> Params:
@@ -96,13 +96,12 @@ def lora_shapes(config: MllamaConfig, lora: Lora) -> Params:
     if not found:
         maps = ["/".join(path) for path in kernels(config)]
         raise InputError(f"lora.targets: {lora.targets!r} matches none of {len(maps)} linear maps, such as {maps[0]}")
-    return unflatten_dict(found)
+    return _tree(found)
 
 
 def kernels(config: MllamaConfig) -> dict[Path, nn.Partitioned]:
     """The kernels of all linear maps, abstract, by the maps' paths."""
-    boxed = flatten_dict(abstract_parameters(config), is_leaf=lambda _, leaf: isinstance(leaf, nn.Partitioned))
-    return {path[:-1]: leaf for path, leaf in boxed.items() if path[-1] == "kernel"}
+    return {path[:-1]: leaf for path, leaf in paths(abstract_parameters(config)).items() if path[-1] == "kernel"}
 
 
 def is_adapted(lora: Lora, path: Path) -> bool:
@@ -123,5 +122,13 @@ def init_lora(config: MllamaConfig, lora: Lora, key: jax.Array) -> Params:
         bound = 1 / math.sqrt(leaf.shape[-1])
         return jax.random.uniform(jax.random.fold_in(key, i), leaf.shape, minval=-bound, maxval=bound)
 
-    flat = flatten_dict(nn.unbox(lora_shapes(config, lora)))
-    return unflatten_dict({path: draw(i, path, leaf) for i, (path, leaf) in enumerate(flat.items())})
+    flat = paths(nn.unbox(lora_shapes(config, lora)))
+    return _tree({path: draw(i, path, leaf) for i, (path, leaf) in enumerate(flat.items())})
+
+
+def _tree(leaves: Mapping[Path, Any]) -> Params:
+    """The inverse of `paths`."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        insert(tree, path, leaf)
+    return tree
