@@ -12,7 +12,7 @@ import optax
 import pytest
 from PIL import Image
 
-from mllama_jax.convert.apply import paths
+from mllama_jax.convert.apply import insert, paths
 from mllama_jax.errors import InputError
 from mllama_jax.model.cache import empty_cache
 from mllama_jax.model.layers import REMAT
