@@ -18,6 +18,7 @@ from mllama_jax.config import MllamaConfig, TextConfig
 from mllama_jax.convert.apply import Parameter, canonical
 from mllama_jax.convert.axes import Index, forward, source_shapes
 from mllama_jax.convert.files import read_json
+from mllama_jax.convert.lora import CONFIG, PREFIX, WEIGHTS
 from mllama_jax.convert.model import Model
 from mllama_jax.convert.safetensors import SafetensorsFile
 from mllama_jax.convert.table import Row, table
@@ -141,7 +142,7 @@ def _stacked_rows(first: Parameter, second: Parameter) -> Parameter:
 
 # Settings of PEFT under which a merge would be another sum than W + scale * B A.
 _UNSUPPORTED = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
-_ADAPTER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+_ADAPTER = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +193,14 @@ def _with_deltas(row: Row, parameter: Parameter, deltas: Mapping[int, Delta]) ->
 
 def _read_lora(directory: Path) -> dict[str, Delta]:
     """Each adapted tensor's change by its name in the table."""
-    path = directory / "adapter_config.json"
+    path = directory / CONFIG
     settings = read_json(path)
     if settings.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type: expected 'LORA', got {settings.get('peft_type')!r}")
     for key, allowed in _UNSUPPORTED.items():
         if settings.get(key, allowed) not in (allowed, [] if allowed is None else allowed):
             raise InputError(f"{path}: {key}={settings[key]!r} cannot be merged; expected {allowed!r}")
-    file = SafetensorsFile(directory / "adapter_model.safetensors")
+    file = SafetensorsFile(directory / WEIGHTS)
     halves: dict[str, dict[str, np.ndarray]] = {}
     for name in file.tensors:
         match = _ADAPTER.fullmatch(name)

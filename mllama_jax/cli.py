@@ -19,6 +19,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.evaluate import command as evaluation
 from mllama_jax.processes import attend, attended, join_by_name, leaving
 from mllama_jax.serve import command as serving
+from mllama_jax.train import command as train
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_commands(commands)
     planner.add_parser(commands)
     bench.add_parser(commands)
+    train.add_parser(commands)
     for command in (generate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

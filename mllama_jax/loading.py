@@ -46,6 +46,7 @@ def load(
     rules: str | Mapping[str, MeshAxes] = "serve",
     quantize: str | None = None,
     verify: bool = False,
+    trained: Callable[[tuple[str, ...]], bool] = lambda path: False,
 ) -> Mllama:
     """Load a checkpoint directory straight onto devices, one tensor at a time.
 
@@ -60,6 +61,7 @@ def load(
         quantize: "int8" keeps the decoder's kernels in int8, one scale an output, and quantises activations token by
             token; half the memory and less to read for each token. A checkpoint that is stored so stays so.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
+        trained: which parameters, by their paths, are float32 whatever `dtype` the model computes in.
 
     Raises:
         InputError: the directory, its config or its tensors cannot be used.
@@ -83,8 +85,9 @@ def load(
     model = MllamaModel(config, jnp.dtype(dtype), constrain)
     stored = parameters(checkpoint, config)
     made = quantize is not None and not checkpoint.quantized
-    whole = _wanted(model, None if made else checkpoint.quantized)
-    params = load_parameters(stored, _quantizer(whole, _wanted(model, quantize)) if made else _placer(whole))
+    whole = _wanted(model, None if made else checkpoint.quantized, trained)
+    put = _quantizer(whole, _wanted(model, quantize, trained)) if made else _placer(whole)
+    params = load_parameters(stored, put)
     return Mllama(model, quantize_parameters(params, tuple) if made else params, tokenizer, template, Path(path))
 
 
@@ -123,16 +126,19 @@ def _small_files(checkpoint: Checkpoint) -> Iterator[Path]:
 
 Leaves = Mapping[tuple[str, ...], jax.ShapeDtypeStruct]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
+Put = Callable[[tuple[str, ...], tuple[int, ...], Read], Any]
 
 
-def _wanted(model: MllamaModel, quantize: str | None) -> Leaves:
+def _wanted(model: MllamaModel, quantize: str | None, trained: Callable[[tuple[str, ...]], bool]) -> Leaves:
     """What every parameter shall be, and on a mesh where."""
     if isinstance(model.constrain, Rules):
-        return paths(resolve(model.config, model.constrain, model.dtype, quantize))
-    return paths(nn.unbox(abstract_parameters(model.config, model.dtype, quantize)))
+        tree = resolve(model.config, model.constrain, model.dtype, quantize)
+    else:
+        tree = nn.unbox(abstract_parameters(model.config, model.dtype, quantize))
+    return {path: leaf.update(dtype=jnp.float32) if trained(path) else leaf for path, leaf in paths(tree).items()}
 
 
-def _placer(wanted: Leaves) -> Callable[[tuple[str, ...], tuple[int, ...], Read], jax.Array]:
+def _placer(wanted: Leaves) -> Put:
     """A function that puts a parameter where `wanted` says, reading what this process's devices hold of it."""
 
     def put(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> jax.Array:
@@ -151,7 +157,7 @@ def _placer(wanted: Leaves) -> Callable[[tuple[str, ...], tuple[int, ...], Read]
     return put
 
 
-def _quantizer(whole: Leaves, wanted: Leaves) -> Callable[[tuple[str, ...], tuple[int, ...], Read], Any]:
+def _quantizer(whole: Leaves, wanted: Leaves) -> Put:
     """A function that puts a parameter as `whole` says, and what int8 is for then as its values and scales."""
     put = _placer(whole)
 

@@ -13,7 +13,10 @@ from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
     from mllama_jax.config import MllamaConfig
+    from mllama_jax.sharding.mesh import Topology
     from mllama_jax.sharding.plan import Plan
+    from mllama_jax.sharding.programs import Workload
+    from mllama_jax.train.plan import TrainPlan
 
 GIB = 2**30
 
@@ -26,8 +29,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--slots", type=int, default=8, help="rows served at once")
     parser.add_argument("--context", type=int, default=8192, help="positions of a row")
     parser.add_argument("--images", type=int, default=1, help="pictures of a row, of all tiles each")
-    parser.add_argument("--preset", default="serve", help="serve, long-context, evaluate, fsdp, fsdp+tensor")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of the decoder's weights (default: bfloat16)")
+    parser.add_argument(
+        "--preset", help="serve (default), long-context, evaluate, fsdp (default of --train), fsdp+tensor"
+    )
+    parser.add_argument(
+        "--train", choices=("adapter", "lora", "full"), help="plan a training step of this part, of that many rows"
+    )
     parser.add_argument("--group", type=int, help="devices that share a row (default: as the preset does)")
     parser.add_argument(
         "--arithmetic", action="store_true", help="do not ask the TPU's compiler; an estimate in seconds"
@@ -50,11 +58,15 @@ def run(args: argparse.Namespace) -> None:
     place = topology(args.topology)
     if args.plot is not None and args.plot.suffix != ".png":
         raise InputError(f"--plot must name a .png file, got {args.plot}")
+    load = Workload(args.slots, args.context, args.images)
+    if args.train is not None:
+        _run_training(args, place, load)
+        return
     made = plan(
         _config(args.model),
         place,
-        Workload(args.slots, args.context, args.images),
-        preset=args.preset,
+        load,
+        preset=args.preset or "serve",
         group=args.group,
         quantize=args.quantize,
         compiled=False if args.arithmetic else None,
@@ -62,6 +74,35 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         draw(args.model, made, args.plot)
     print(json.dumps(dataclasses.asdict(made)) if args.json else text(args.model, made))
+
+
+def _run_training(args: argparse.Namespace, place: Topology, load: Workload) -> None:
+    from mllama_jax.train.plan import train_plan
+
+    if args.arithmetic or args.plot is not None:
+        raise InputError("--train asks the compiler and draws nothing; leave --arithmetic and --plot out")
+    made = train_plan(_config(args.model), place, load, args.train, args.preset or "fsdp", args.group)
+    print(json.dumps(dataclasses.asdict(made)) if args.json else training_text(args.model, made))
+
+
+def training_text(model: str, plan: TrainPlan) -> str:
+    """The plan of a training step as lines for a terminal."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    rows = [("frozen parameters", plan.frozen), ("trained ones, their moments", plan.trained)]
+    rows += [("temporaries, code", plan.temporaries)]
+    lines = [
+        f"{model}, {plan.part}, on {plan.topology} ({plan.cloud}): {plan.chips} chips, {plan.devices} devices",
+        f"preset {plan.preset}: {axes}; {plan.load.slots} rows of {plan.load.context} tokens, "
+        f"{plan.load.images} pictures each; by the TPU's compiler",
+        "",
+        "a device holds, GiB",
+        *(f"  {name:<28}{size / GIB:9.2f}" for name, size in rows),
+        f"  {'needed':<28}{plan.needed / GIB:9.2f}  of {plan.usable / GIB:.2f}: "
+        + ("fits" if plan.fits else "does not fit"),
+        "",
+        f"a step does {plan.flops / 1e12:.0f} TFLOP; it takes at least {plan.seconds:.2f} s",
+    ]
+    return "\n".join(lines)
 
 
 def _config(model: str) -> MllamaConfig:

@@ -35,6 +35,28 @@ SPREAD = dataclasses.replace(
 )
 
 
+assert SMALL.vision is not None
+TINY = dataclasses.replace(
+    SMALL,
+    text=dataclasses.replace(SMALL.text, layers=3, cross_layers=(1,)),
+    vision=dataclasses.replace(SMALL.vision, layers=1, global_layers=1, taps=(0,)),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_params() -> Params:
+    """Random weights of TINY, which compiles faster, with open gates."""
+    return jax.device_get(jax.jit(lambda key: recipe.start(key, TINY))(jax.random.key(1)))
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tiny_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    write_hf(directory, tiny_params, TINY, np.dtype("float32"))
+    tokenizer.write(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def small_params() -> Params:
     """Random weights of SMALL with open gates, such that Meta's layout can hold them."""

@@ -62,7 +62,7 @@ def xla(
     q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array | None, visible: Callable | None, scale: float
 ) -> jax.Array:
     """In plain products. Long inputs go block by block of queries, so that neither scores nor mask ever exist for all
-    T x S pairs."""
+    T x S pairs; a backward pass makes them anew."""
 
     def attend(q: jax.Array, queries: jax.Array | None) -> jax.Array:
         mask = None if visible is None or queries is None else visible(queries)
@@ -75,7 +75,7 @@ def xla(
     blocks = rearrange(q, "b (n t) k g h -> n b t k g h", t=t)
     if queries is not None:
         queries = rearrange(queries, "b (n t) -> n b t", t=t)
-    blocks = jax.lax.map(lambda block: attend(*block), (blocks, queries))
+    blocks = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), (blocks, queries))
     return rearrange(blocks, "n b t k g h -> b (n t) k g h")
 
 

@@ -14,12 +14,15 @@ from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.layers import (
     Constrain,
     Linear,
+    Remat,
     RMSNorm,
     SwiGLU,
     einsum,
+    keep_all,
     parameter,
     rotary_frequencies,
     rotate,
+    run,
     unconstrained,
 )
 
@@ -73,6 +76,7 @@ class Decoder(nn.Module):
     config: TextConfig
     dtype: jnp.dtype
     constrain: Constrain = unconstrained
+    remat: Remat = keep_all
 
     def setup(self) -> None:
         c = self.config
@@ -104,10 +108,10 @@ class Decoder(nn.Module):
         written = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfAttentionLayer):
-                x, layer_cache = layer(x, next(selves), positions)
+                x, layer_cache = self.remat(run)(layer, x, next(selves), positions)
                 written.append(layer_cache)
             elif cross is not None:
-                x = layer(x, next(crosses), cross, positions)
+                x = self.remat(run)(layer, x, next(crosses), cross, positions)
             self.sow("intermediates", f"layer_{i}", x)
         x = self.final_norm(x)
         self.sow("intermediates", "norm", x)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -39,10 +41,41 @@ class Unconstrained:
 unconstrained = Unconstrained()
 
 
+Remat = Callable[[Callable], Callable]
+"""`remat(run)(layer, ...)` runs a layer, and says what of it is kept for the backward pass."""
+
+
+def run(layer: nn.Module, *args: Any) -> Any:
+    return layer(*args)
+
+
+def keep_all(run: Callable) -> Callable:
+    return run
+
+
+# What the backward pass computes again of each layer: all, all but the products with kernels, nothing.
+REMAT: dict[str, Remat] = {
+    "layer": nn.remat,
+    "dots": functools.partial(nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "nothing": keep_all,
+}
+
+
 def einsum(equation: str, *operands: jax.Array) -> jax.Array:
     """An einsum in the operands' dtype; a float32 one in true float32, which no accelerator does by default."""
     exact = operands[0].dtype == jnp.float32
     return jnp.einsum(equation, *operands, precision="highest" if exact else "default")
+
+
+def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum(equation, x, b a)` for a [rank, in] and b [out..., rank], one such pair for each part of a fused kernel.
+
+    The product b a is never made, nor is its gradient: both would be as large as the kernel.
+    """
+    inputs, kernel, outputs = re.split(",|->", equation)
+    rows, parts = inputs[:-1], kernel[0] if a.ndim == 3 else ""
+    y = einsum(f"{inputs},{parts}r{inputs[-1]}->{rows}{parts}r", x, a.astype(x.dtype))
+    return einsum(f"{rows}{parts}r,{kernel[:-1]}r->{outputs}", y, b.astype(x.dtype))
 
 
 def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: Axes) -> jax.Array:
@@ -54,7 +87,8 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
 class Linear(nn.Module):
     """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`.
 
-    An int8 kernel has a `scale` [out...] beside it, see `quantize`; `parts` is in how many a mesh splits `in`.
+    An int8 kernel has a `scale` [out...] beside it, see `quantize`; an adapted one has `lora_a` and `lora_b`, see
+    `low_rank`; `parts` is in how many a mesh splits `in`.
     """
 
     equation: str
@@ -72,6 +106,8 @@ class Linear(nn.Module):
             y = product(self.equation, x, kernel, scale, self.parts)
         else:
             y = einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.has_variable("params", "lora_a"):
+            y += low_rank(self.equation, x, *(self.get_variable("params", name) for name in ("lora_a", "lora_b")))
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, self.shape[:-1], self.axes[:-1]).astype(x.dtype)
         return y

@@ -13,7 +13,7 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.model.adapter import Projector
 from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.decoder import Decoder
-from mllama_jax.model.layers import Constrain, unconstrained
+from mllama_jax.model.layers import Constrain, Remat, keep_all, unconstrained
 from mllama_jax.model.quantize import quantize_parameters
 from mllama_jax.model.vision import VisionEncoder
 
@@ -26,13 +26,14 @@ class MllamaModel(nn.Module):
     config: MllamaConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     constrain: Constrain = unconstrained
+    remat: Remat = keep_all
 
     def setup(self) -> None:
         c = self.config
         if c.vision is not None:
-            self.vision = VisionEncoder(c.vision, self.constrain)
+            self.vision = VisionEncoder(c.vision, self.constrain, self.remat)
             self.projector = Projector(c.text.width)
-        self.text = Decoder(c.text, self.dtype, self.constrain)
+        self.text = Decoder(c.text, self.dtype, self.constrain, self.remat)
 
     def encode(self, pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
         """Normalised pixels [I, C, 3, P, P] and aspect ratio ids int [I] -> projected features [I, C, N, D]."""

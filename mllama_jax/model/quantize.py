@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,16 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, pa
     """`einsum(equation, x, kernel * scale)` over the last axis of x [..., in] and of the int8 kernel [out..., in].
 
     Activations are quantised here, one scale for a token and each of `parts` equal pieces of `in`; a piece's sums are
-    int32, those of all pieces are added in x's dtype. On a mesh that splits `in` so, no scale has to cross it.
+    int32, those of all pieces are added in x's dtype. On a mesh that splits `in` so, no scale has to cross it. The
+    gradient of x is that of the product with the whole activations, as if rounding were smooth; kernel and scale have
+    none.
     """
+    y: Any = _product(equation, parts, x, kernel, scale)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(equation: str, parts: int, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     values, own = quantize(rearrange(x, "... (z i) -> ... z i", z=parts))
     kernel = rearrange(kernel, "... (z i) -> ... z i", z=parts)
     tokens, weights, out = re.split(",|->", equation)
@@ -31,6 +40,23 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, pa
     y = jnp.einsum(apart, values, kernel, preferred_element_type=jnp.int32)
     own = jnp.moveaxis(own, -1, 0)
     return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype).sum(axis=0)
+
+
+def _forward(equation: str, parts: int, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
+    return _product(equation, parts, x, kernel, scale), (kernel, scale)
+
+
+def _backward(
+    equation: str, parts: int, saved: tuple[jax.Array, jax.Array], y: jax.Array
+) -> tuple[jax.Array, None, None]:
+    kernel, scale = saved
+    inputs, weights, outputs = re.split(",|->", equation)
+    whole = (kernel * scale[..., None]).astype(y.dtype)
+    precision = "highest" if y.dtype == jnp.float32 else "default"
+    return jnp.einsum(f"{outputs},{weights}->{inputs}", y, whole, precision=precision), None, None
+
+
+_product.defvjp(_forward, _backward)
 
 
 def is_quantized(path: tuple[str, ...]) -> bool:

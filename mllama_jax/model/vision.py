@@ -13,7 +13,7 @@ from einops import rearrange
 
 from mllama_jax.config import ASPECT_RATIOS, VisionConfig
 from mllama_jax.model.attention import attention
-from mllama_jax.model.layers import Constrain, LayerNorm, Linear, parameter, unconstrained
+from mllama_jax.model.layers import Constrain, LayerNorm, Linear, Remat, keep_all, parameter, run, unconstrained
 
 # Tiles behind each aspect ratio id; an absent image (id 0) counts one, as in Meta's code.
 TILES = (1, *(h * w for h, w in ASPECT_RATIOS))
@@ -126,6 +126,7 @@ class VisionEncoder(nn.Module):
 
     config: VisionConfig
     constrain: Constrain = unconstrained
+    remat: Remat = keep_all
 
     @nn.compact
     def __call__(self, pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
@@ -153,11 +154,11 @@ class VisionEncoder(nn.Module):
         def real(x: jax.Array) -> jax.Array:
             return rearrange(x, "i (c n) d -> i c n d", c=c.max_tiles)[:, :, : c.tokens]
 
-        x, tapped = flat(x), []
+        x, tapped, block = flat(x), [], self.remat(run)
         for i in range(c.layers):
             if i in c.taps:
                 tapped.append(real(x))
-            x = Block(c, gated=False, constrain=self.constrain, name=f"locals_{i}")(x, padding)
+            x = block(Block(c, gated=False, constrain=self.constrain, name=f"locals_{i}"), x, padding)
             self.sow("intermediates", f"local_{i}", real(x))
         x = LayerNorm(c.norm_eps, name="norm_post")(x)
         self.sow("intermediates", "ln_post", real(x))
@@ -165,7 +166,7 @@ class VisionEncoder(nn.Module):
         x = flat(x)
         self.sow("intermediates", "post_tile", real(x))
         for i in range(c.global_layers):
-            x = Block(c, gated=True, constrain=self.constrain, name=f"globals_{i}")(x, padding)
+            x = block(Block(c, gated=True, constrain=self.constrain, name=f"globals_{i}"), x, padding)
             self.sow("intermediates", f"global_{i}", real(x))
         x = real(x)
         if tapped:

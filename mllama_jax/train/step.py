@@ -1,8 +1,10 @@
-"""One training step: next-token cross-entropy on the assistant's tokens."""
+"""One training step, for whatever part of a model is trained and whatever loss it minimises."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,75 +13,69 @@ import optax
 from flax import struct
 
 from mllama_jax.config import ASPECT_RATIOS
-from mllama_jax.model.cache import empty_cache
-from mllama_jax.model.mllama import MllamaModel, Params, call
+from mllama_jax.model.mllama import Params
 from mllama_jax.model.vision import TILES
-from mllama_jax.processing.image import MEAN, STD
+from mllama_jax.train.batch import Batch
 
-IGNORED = -1
+PartLoss = Callable[[Params, Any, Batch], tuple[jax.Array, jax.Array]]
+"""The trained part, what is frozen and a batch -> the sum of the batch's losses and how many they are."""
 
 
 @struct.dataclass
-class Batch:
-    """Rows to learn from.
+class TrainState:
+    """Where training stands: all that a step changes.
 
     Attributes:
-        tokens: int32 [B, T].
-        labels: int32 [B, T], the token that follows, or IGNORED; never the image token, which the head cannot make.
-        pixels: uint8 [I, C, 3, P, P], tiles before normalisation.
-        ratio_ids: int32 [I].
-        tiles: int32 [B, M], which of the I * C tiles a row sees.
-        spans: int32 [B, M, 2], from which text positions.
+        step: int32, steps done.
+        params: the trained part, float32.
+        optimizer: optax's state for it.
     """
 
-    tokens: jax.Array | np.ndarray
-    labels: jax.Array | np.ndarray
-    pixels: jax.Array | np.ndarray
-    ratio_ids: jax.Array | np.ndarray
-    tiles: jax.Array | np.ndarray
-    spans: jax.Array | np.ndarray
+    step: jax.Array
+    params: Params
+    optimizer: optax.OptState
+
+    @classmethod
+    def of(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def normalise(pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
-    """`processing.image.normalise` on the device, for tiles [I, C, 3, P, P]; padding tiles become zeros."""
-    real = jnp.arange(pixels.shape[1]) < jnp.asarray(TILES)[ratio_ids][:, None]  # I C
-    return (pixels / 255 - MEAN) / STD * real[:, :, None, None, None]
+@struct.dataclass
+class Report:
+    """Of one step: the mean loss, the norm of its gradient before clipping, and over how many losses, all float32."""
+
+    loss: jax.Array
+    gradient: jax.Array
+    count: jax.Array
 
 
-def encode(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
-    """The projected features [I, C, N, D] of the batch's pictures."""
-    pixels = normalise(jnp.asarray(batch.pixels), jnp.asarray(batch.ratio_ids))
-    return call(model, params, "encode", pixels, batch.ratio_ids)
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Report]]
 
 
-def answer_loss(model: MllamaModel, params: Params, batch: Batch, features: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the labels, given the pictures' features [I, C, N, D]."""
-    cross = call(model, params, "keys_values", features.reshape(-1, *features.shape[2:])[batch.tiles], batch.spans)
-    rows, length = batch.tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
-    x, _ = call(model, params, "__call__", batch.tokens, positions, cache, cross)
-    return cross_entropy(call(model, params, "logits", x), batch.labels)
+def train_step(loss: PartLoss, optimizer: optax.GradientTransformation) -> Step:
+    """A jitted step (state, frozen, batches) -> (state, report); the state is donated.
 
+    The gradient is that of the mean over all batches, stacked along a first axis, of which one is in memory at once.
+    What is frozen is an argument of its own: it has neither a gradient nor a state in the optimiser.
+    """
 
-def cross_entropy(logits: jax.Array, labels: jax.Array | np.ndarray) -> jax.Array:
-    """Mean cross-entropy of labels int [...] under logits [..., V], over those that are not IGNORED."""
-    counts = labels != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return jnp.sum(losses * counts) / jnp.maximum(counts.sum(), 1)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, frozen: Any, batches: Batch) -> tuple[TrainState, Report]:
+        def add(sums: Any, batch: Batch) -> tuple[Any, None]:
+            (value, count), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch)
+            return jax.tree.map(jnp.add, sums, (gradient, value, count)), None
 
+        zero = jnp.zeros(())
+        (gradient, value, count), _ = jax.lax.scan(
+            add, (jax.tree.map(jnp.zeros_like, state.params), zero, zero), batches
+        )
+        share = 1 / jnp.maximum(count, 1)
+        gradient = jax.tree.map(lambda each: each * share, gradient)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, moments), Report(value * share, optax.tree.norm(gradient), count)
 
-def train_step(
-    loss: Callable[[Params, Batch], jax.Array], optimizer: optax.GradientTransformation
-) -> Callable[[Params, optax.OptState, Batch], tuple[Params, optax.OptState, jax.Array]]:
-    """A jitted step (parameters, optimiser state, batch) -> (parameters, state, loss); the first two are donated."""
-
-    def step(params: Params, state: optax.OptState, batch: Batch) -> tuple[Params, optax.OptState, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(params, batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value  # pyright: ignore[reportReturnType]
-
-    return jax.jit(step, donate_argnums=(0, 1))
+    return step
 
 
 # Which cell (y, x) of Meta's 4 x 4 grid each aspect ratio's tile is; 16 where there is no tile.

@@ -18,11 +18,11 @@ from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import ChatTemplate, encode_conversation, image_spans, load_template
 from mllama_jax.processing.image import split_tiles
 from mllama_jax.processing.tokenizer import Tokenizer
+from mllama_jax.train.batch import IGNORED, Batch, answer_labels
 from mllama_jax.train.pictures.dialogue import dialogue
 from mllama_jax.train.pictures.example import Example, conversation
 from mllama_jax.train.pictures.labels import CLASSES, patch_labels
 from mllama_jax.train.pictures.stream import sample
-from mllama_jax.train.step import IGNORED, Batch
 
 LENGTH = 128  # text positions a row
 TILES_A_ROW = 8  # two pictures of four tiles
@@ -30,21 +30,15 @@ TILES_A_ROW = 8  # two pictures of four tiles
 
 @struct.dataclass
 class PictureBatch(Batch):
-    """A batch and, for each patch of its pictures, int8 [I, C, N - 1, aspects], the classes of `patch_labels`."""
+    """A batch whose rows have different numbers of pictures.
 
+    Attributes:
+        tiles: int32 [B, M], which of the I * C tiles a row sees.
+        patches: int8 [I, C, N - 1, aspects], for each patch of its pictures the classes of `patch_labels`.
+    """
+
+    tiles: jax.Array | np.ndarray
     patches: jax.Array | np.ndarray
-
-
-def answer_labels(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """For each token of a conversation the next one where the assistant makes it (its answers and their ends)."""
-    header = tokenizer.encode("<|start_header_id|>assistant<|end_header_id|>\n\n", specials=True)
-    end = tokenizer.special("<|eot_id|>")
-    labels, answering = [IGNORED] * len(tokens), False
-    for i, token in enumerate(tokens):
-        answering = (answering and token != end) or list(tokens[i + 1 - len(header) : i + 1]) == header
-        if answering and i + 1 < len(tokens):
-            labels[i] = tokens[i + 1]
-    return labels
 
 
 def _tokens(row: Sequence[Example], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
@@ -86,7 +80,7 @@ def make_batch(
         tiles[b, : len(kept)] = [tile for tile, _, _ in kept]
         spans[b, : len(kept)] = [span for _, *span in kept]
         first += len(row[0].images)
-    return PictureBatch(tokens, labels, pixels, ratio_ids, tiles, spans, patches)
+    return PictureBatch(tokens, labels, pixels, ratio_ids, spans, tiles, patches)
 
 
 def draw_batch(

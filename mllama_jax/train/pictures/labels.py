@@ -9,12 +9,12 @@ import numpy as np
 
 from mllama_jax.config import VisionConfig
 from mllama_jax.processing.image import choose_canvas, fit
+from mllama_jax.train.batch import IGNORED
 from mllama_jax.train.pictures import canvas
 from mllama_jax.train.pictures.charts import CATEGORIES, Chart
 from mllama_jax.train.pictures.example import Example
 from mllama_jax.train.pictures.scenes import COLOURS, PLACES, SHAPES, Scene
 from mllama_jax.train.pictures.text import Sign
-from mllama_jax.train.step import IGNORED
 
 CHARACTERS = string.digits + string.ascii_letters
 # Each aspect and its number of classes, of which 0 is none. A part is a bar of a chart or a word of a sign.

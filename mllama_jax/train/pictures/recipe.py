@@ -25,11 +25,13 @@ from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 from mllama_jax.convert.export import write_hf
 from mllama_jax.loading import load
 from mllama_jax.model.mllama import MllamaModel, Params, init_parameters
+from mllama_jax.train.batch import IGNORED, Batch, stacked
+from mllama_jax.train.loss import cross_entropy, encode, log_likelihoods
 from mllama_jax.train.pictures import tokenizer
 from mllama_jax.train.pictures.batches import PictureBatch, batches
 from mllama_jax.train.pictures.labels import CLASSES
 from mllama_jax.train.pictures.stream import FAMILIES
-from mllama_jax.train.step import Batch, answer_loss, cross_entropy, encode, tie_tiles, train_step
+from mllama_jax.train.step import TrainState, tie_tiles, train_step
 
 CONFIG = MllamaConfig(
     text=TextConfig(
@@ -73,7 +75,7 @@ def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
     return tie_tiles(jax.tree_util.tree_map_with_path(adjust, init_parameters(config, key)), average=True)
 
 
-def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
+def loss(model: MllamaModel, params: Params, _: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The answers' cross-entropy and, to teach the encoder where to look, that of what lies at each patch.
 
     `params` holds the model's and, under "patches", a linear reading of all that `labels` knows off the features, which
@@ -84,7 +86,11 @@ def loss(model: MllamaModel, params: Params, batch: Batch) -> jax.Array:
     logits = features[:, :, 1:].astype(jnp.float32) @ params["patches"]
     read = jnp.split(logits, np.cumsum([*CLASSES.values()])[:-1], axis=-1)
     seen = sum(cross_entropy(logits, batch.patches[..., i]) for i, logits in enumerate(read))
-    return answer_loss(model, params["model"], batch, features) + PATCHES * seen
+    tiles = features.reshape(-1, *features.shape[2:])[batch.tiles]
+    answers = -log_likelihoods(model, params["model"], batch, tiles).sum() / jnp.maximum(
+        1, (batch.labels != IGNORED).sum()
+    )
+    return answers + PATCHES * seen, jnp.ones(())
 
 
 def train(
@@ -108,14 +114,14 @@ def train(
         "model": load(begin, dtype="float32").params if begin else jax.jit(start)(jax.random.key(seed)),
         "patches": jnp.zeros((CONFIG.text.width, sum(CLASSES.values()))),
     }
-    state: Any = optimizer.init(params)
+    state: Any = TrainState.of(params, optimizer)
     step = train_step(functools.partial(loss, MllamaModel(CONFIG, jnp.dtype("bfloat16"))), optimizer)
     losses: list[jax.Array] = []
     started = elapsed = 0.0  # the first step compiles: the clock starts behind it
     for batch in (progress := tqdm(batches(seed, rows, CONFIG, out, workers), mininterval=10)):
-        state[-1].hyperparams["learning_rate"] = jnp.float32(peak * rate(elapsed / (60 * minutes)))
-        params, state, value = step(params, state, batch)
-        losses.append(value)
+        state.optimizer[-1].hyperparams["learning_rate"] = jnp.float32(peak * rate(elapsed / (60 * minutes)))
+        state, report = step(state, {}, stacked([batch]))
+        losses.append(report.loss)
         losses[-min(len(losses), AHEAD)].block_until_ready()
         started = started or time.monotonic()
         elapsed = time.monotonic() - started
@@ -123,7 +129,7 @@ def train(
             progress.write(f"step {len(losses)}: loss {np.mean(np.array(losses[-500:])):.4f}")
         if elapsed > 60 * minutes:
             break
-    write_hf(out, params["model"], CONFIG, np.dtype(jnp.bfloat16))
+    write_hf(out, state.params["model"], CONFIG, np.dtype(jnp.bfloat16))
     print(f"{len(losses)} steps in {elapsed:.0f} s")
 
 

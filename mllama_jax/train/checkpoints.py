@@ -1,0 +1,89 @@
+"""Checkpoints of a run: where training, its data and its recipe stand; whole or not there, whenever a run ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from mllama_jax.errors import InputError
+from mllama_jax.train.recipe import Recipe
+from mllama_jax.train.step import TrainState
+
+RECIPE = "recipe.json"
+
+
+class Checkpoints:
+    """The checkpoints under `out`, written while training goes on; the last and the best `keep` stay.
+
+    A directory that holds those of another recipe is refused.
+    """
+
+    def __init__(self, out: Path, recipe: Recipe):
+        self.out = out.absolute()
+        _same_recipe(self.out / RECIPE, recipe)
+        policy = AnyPreservationPolicy(
+            [
+                LatestN(recipe.keep),
+                BestN(get_metric_fn=_loss, reverse=True, n=recipe.keep, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(self.out / "checkpoints", options=options)
+
+    def save(self, state: TrainState, reader: dict[str, Any], loss: float | None) -> None:
+        """Begin to write where training stands, behind the last checkpoint if that is still on its way.
+
+        Args:
+            reader: the state of what reads the data.
+            loss: of what is held out, where it was just measured.
+        """
+        step = int(state.step)
+        if step != self.manager.latest_step():
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), reader=ocp.args.JsonSave(reader))  # pyright: ignore[reportCallIssue]
+            self.manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
+
+    def latest(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """What the last checkpoint holds, placed as `state` is; None where there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), reader=ocp.args.JsonRestore())  # pyright: ignore[reportCallIssue]
+        found = self.manager.restore(step, args=args)
+        return found["state"], found["reader"]
+
+    def close(self) -> None:
+        """Wait until all is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def _loss(metrics: Any) -> float:
+    return metrics["loss"]
+
+
+def _same_recipe(path: Path, recipe: Recipe) -> None:
+    """Note the recipe in a new directory; refuse one of another."""
+    if jax.process_index() > 0:
+        return
+    mine, unfinished = json.loads(json.dumps(dataclasses.asdict(recipe))), path.with_suffix(".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        theirs = json.loads(path.read_bytes())
+        for name, value in mine.items():
+            if theirs.get(name) != value:
+                raise InputError(
+                    f"{path.parent}: holds a run of another recipe, {name}: expected {value!r}, got "
+                    f"{theirs.get(name)!r}; choose another directory or delete this one"
+                )
+    elif set(path.parent.iterdir()) - {unfinished}:
+        raise InputError(f"{path.parent}: expected a new or empty directory or one of a run; choose another")
+    else:
+        unfinished.write_text(json.dumps(mine, indent=1) + "\n")
+        unfinished.replace(path)

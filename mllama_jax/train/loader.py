@@ -1,0 +1,124 @@
+"""From chats to batches of few shapes, in an order that only the seed decides, read ahead of the training by grain."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from PIL import Image
+
+from mllama_jax.generate.batch import bucket
+from mllama_jax.sharding.rules import Rules
+from mllama_jax.train.batch import Batch, Row, Shape, make_batch, stacked
+from mllama_jax.train.chats import Chats
+
+SHORTEST = 32  # the least length of a batch
+AHEAD = 4  # steps that are read before they are wanted, each by a thread of its own
+
+
+class Order:
+    """Which chats make the batches of each step: groups of like length and number of pictures, each padded to a shape.
+
+    A step is a function of the seed and its number. In each epoch every chat occurs once; what a group lacks to fill
+    its last step is left empty.
+    """
+
+    def __init__(self, chats: Chats, samples: int, seed: int | None):
+        """`samples` a step; without a seed they come as they are in the file."""
+        self.samples, self.seed = samples, seed
+        self.groups: dict[Shape, np.ndarray] = {}
+        most = chats.reader.length
+        shapes = [
+            Shape(min(bucket(int(length), SHORTEST), most), bucket(int(pictures)) if pictures else 0)
+            for length, pictures in zip(chats.lengths, chats.pictures, strict=True)
+        ]
+        for shape in sorted(set(shapes), key=dataclasses.astuple):
+            self.groups[shape] = np.array([i for i, each in enumerate(shapes) if each == shape])
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return sum(-(-len(group) // self.samples) for group in self.groups.values())
+
+    def __getitem__(self, step: int) -> tuple[Shape, np.ndarray]:
+        """The shape of a step's batches, and the chats in them, at most `samples`."""
+        return self._epoch(step // len(self))[step % len(self)]
+
+    def _make_epoch(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
+        made = []
+        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
+        for shape, group in self.groups.items():
+            chats = group if rng is None else rng.permutation(group)
+            made += [(shape, chats[start : start + self.samples]) for start in range(0, len(chats), self.samples)]
+        return made if rng is None else [made[i] for i in rng.permutation(len(made))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The batches of each step, `accumulate` of them stacked: a step's number -> arrays that begin [A, B].
+
+    Attributes:
+        steps: how many there are.
+        samples: chats in one batch, of which this process reads those in `mine`.
+    """
+
+    chats: Chats
+    order: Order
+    steps: int
+    samples: int
+    accumulate: int
+    mine: slice
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        shape, found = self.order[step]
+        made = []
+        for i in range(self.accumulate):
+            some = found[i * self.samples : (i + 1) * self.samples][self.mine]
+            rows: list[tuple[Row, list[Image.Image]] | None] = [row for chat in some for row in self.chats[int(chat)]]
+            wanted = (self.mine.stop - self.mine.start) * self.chats.reader.rows
+            made.append(make_batch([*rows, *[None] * (wanted - len(rows))], shape, self.chats.reader.config))
+        return stacked(made)
+
+    def read(self, start: int = 0) -> grain.DatasetIterator[Batch]:
+        """The batches from a step on, in order, read ahead by threads."""
+        options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
+        source: Any = self
+        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+    def lines(self, step: int) -> list[int]:
+        """The numbers of the lines that a step reads."""
+        return sorted(int(line) for line in self.chats.lines[self.order[step][1]])
+
+
+def own_samples(samples: int, rules: Rules | None) -> slice:
+    """Which samples of a batch lie, in part at least, on this process's devices."""
+    if rules is None:
+        return slice(0, samples)
+    places = rules.sharding("batch").addressable_devices_indices_map((samples,)).values()
+    cuts = [index[0].indices(samples) for index in places if index is not None]
+    return slice(min(cut[0] for cut in cuts), max(cut[1] for cut in cuts))
+
+
+def placed(batches: Batch, samples: int, mine: slice, rules: Rules | None) -> Batch:
+    """A step's batches on the devices of a mesh, of which this process has read the samples `mine`."""
+    if rules is None:
+        return batches
+
+    def place(local: Any) -> jax.Array:
+        each = local.shape[1] // (mine.stop - mine.start)
+        shape, first = (local.shape[0], samples * each, *local.shape[2:]), mine.start * each
+
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index or (slice(None),) * 2)[1].indices(shape[1])
+            return local[:, start - first : stop - first]
+
+        return jax.make_array_from_callback(shape, rules.sharding(None, "batch"), piece)
+
+    return jax.tree.map(place, batches)

@@ -1,0 +1,144 @@
+"""What is trained on what, and how: a recipe, read from a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from mllama_jax.errors import InputError
+from mllama_jax.model.layers import REMAT
+from mllama_jax.sharding.rules import PRESETS
+from mllama_jax.train.chats import TooLong
+from mllama_jax.train.parts import Lora, Part
+
+ONE_OF = {
+    "part": typing.get_args(Part),
+    "loss": ("supervised", "preference"),
+    "too_long": typing.get_args(TooLong),
+    "dtype": ("bfloat16", "float32"),
+    "quantize": (None, "int8"),
+    "remat": tuple(REMAT),
+    "preset": (None, *PRESETS),
+}
+POSITIVE = ("steps", "samples", "accumulate", "length", "save_every", "keep", "learning_rate", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run. Paths are relative to the recipe's file.
+
+    Attributes:
+        model: checkpoint directory that training begins from.
+        data, held_out: chats in JSON Lines, see `chats`; those held out are scored before each checkpoint.
+        part: what is trained: `adapter` (vision encoder, projector, cross-attention), `lora`, or `full`.
+        loss: `supervised` (the assistant's tokens) or `preference` (DPO with `beta`, on chosen and rejected answers).
+        steps: how many updates, each of `samples` chats, `accumulate` times.
+        length: the most tokens of a chat; a longer one is left out (`drop`) or cut behind (`cut`).
+        learning_rate: its peak, after a linear `warmup` (a part of the steps), before a cosine down to nothing.
+        weight_decay, clip: AdamW's decay, of matrices only, and the most that the gradient's norm may be.
+        dtype: of the computation and of frozen parameters; what is trained is float32.
+        quantize: `int8` keeps the decoder's frozen kernels in int8; for `lora`.
+        remat: what the backward pass does again of each `layer`: all, all but its products (`dots`), or `nothing`.
+        preset: how a mesh of all devices is used: `fsdp`, `fsdp+tensor` ...; one device by default.
+        save_every, keep: checkpoints; the last and the best `keep` stay.
+    """
+
+    model: str
+    data: str
+    part: Part
+    steps: int
+    held_out: str | None = None
+    loss: str = "supervised"
+    samples: int = 8
+    accumulate: int = 1
+    length: int = 2048
+    too_long: TooLong = "drop"
+    learning_rate: float = 1e-4
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    beta: float = 0.1
+    dtype: str = "bfloat16"
+    quantize: str | None = None
+    remat: str = "layer"
+    preset: str | None = None
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 0
+    lora: Lora = dataclasses.field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        for name, known in ONE_OF.items():
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name}: expected {', '.join(map(str, filter(None, known)))}, got {value!r}")
+        for name in POSITIVE:
+            if (value := getattr(self, name)) <= 0:
+                raise InputError(f"{name}: expected more than 0, got {value}")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup: expected a part of the steps, from 0 to below 1, got {self.warmup}")
+        if self.quantize and self.part != "lora":
+            raise InputError(f"quantize: int8 kernels cannot be trained; expected part 'lora', got {self.part!r}")
+
+    @property
+    def rows(self) -> int:
+        """Of a chat: its one answer, or the chosen and the rejected one."""
+        return 2 if self.loss == "preference" else 1
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW with float32 moments; what clips comes first."""
+        schedule = optax.warmup_cosine_decay_schedule(0, self.learning_rate, int(self.warmup * self.steps), self.steps)
+
+        def matrices(params: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+        adam = optax.adamw(schedule, weight_decay=self.weight_decay, mask=matrices)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adam)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises InputError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; expected a recipe in TOML") from None
+    except ValueError as error:
+        raise InputError(f"{path}: expected TOML, got an error at '{error}'") from None
+    try:
+        recipe = _fill(Recipe, content, "")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    places = {
+        name: str(path.parent / value) for name in ("model", "data", "held_out") if (value := getattr(recipe, name))
+    }
+    return dataclasses.replace(recipe, **places)
+
+
+def _fill(kind: type, content: Any, prefix: str) -> Any:
+    """A dataclass from a table of the same fields."""
+    if not isinstance(content, dict):
+        raise InputError(f"{prefix.rstrip('.')}: expected a table, got {type(content).__name__}")
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    if unknown := sorted(content.keys() - fields.keys()):
+        raise InputError(f"{prefix}{unknown[0]}: not known; known are {', '.join(fields)}")
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in content]:
+        raise InputError(f"{prefix}{missing[0]}: missing; a recipe has to say it")
+    values = {}
+    for name, value in content.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _fill(hint, value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+            continue
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        wanted = str if str in kinds or typing.get_origin(hint) is typing.Literal else kinds[0]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            raise InputError(f"{prefix}{name}: expected {wanted.__name__}, got {value!r}")
+        values[name] = wanted(value)
+    return kind(**values)

@@ -1,0 +1,208 @@
+"""A recipe on its devices: parameters in two parts, data, and the compiled step; and the run, which can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.experimental import multihost_utils
+
+from mllama_jax.api import Mllama
+from mllama_jax.convert.apply import read_config
+from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.errors import InputError
+from mllama_jax.loading import load, preset_mesh
+from mllama_jax.model.layers import REMAT
+from mllama_jax.model.mllama import Params
+from mllama_jax.sharding.rules import Rules
+from mllama_jax.train.batch import Batch
+from mllama_jax.train.chats import Chats, Reader
+from mllama_jax.train.checkpoints import Checkpoints
+from mllama_jax.train.export import write_trained
+from mllama_jax.train.history import History
+from mllama_jax.train.loader import Batches, Order, own_samples, placed
+from mllama_jax.train.objective import Frozen, optimizer_of, part_loss
+from mllama_jax.train.parts import init_lora, is_trained, lora_shapes, split
+from mllama_jax.train.recipe import Recipe
+from mllama_jax.train.step import Report, Step, TrainState, train_step
+
+
+def start(recipe: Recipe, loaded: Mllama) -> tuple[Params, Frozen]:
+    """The part that is trained, as it begins, and the rest."""
+    params, frozen = split(loaded.params, loaded.config, recipe.part)
+    if recipe.part == "lora":
+        params = _placed_lora(recipe, loaded)
+    if recipe.loss != "preference":
+        return params, Frozen(frozen)
+    copy = jax.jit(functools.partial(jax.tree.map, lambda leaf: leaf.astype(recipe.dtype)))
+    return params, Frozen(frozen, copy(params))
+
+
+def _placed_lora(recipe: Recipe, loaded: Mllama) -> Params:
+    config, rules, shardings = loaded.config, loaded.model.constrain, None
+    if isinstance(rules, Rules):
+        shardings = jax.tree.map(
+            lambda leaf: rules.sharding(*leaf.names),
+            lora_shapes(config, recipe.lora),
+            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+        )
+    make = functools.partial(init_lora, config, recipe.lora)
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(recipe.seed))
+
+
+@dataclasses.dataclass
+class Trainer:
+    """Everything that training takes, on its devices.
+
+    Attributes:
+        mine: which of a batch's samples this process reads.
+    """
+
+    recipe: Recipe
+    loaded: Mllama
+    frozen: Frozen
+    state: TrainState
+    step: Step
+    loss: Any
+    batches: Batches
+    held_out: Batches | None
+    mine: slice
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Trainer:
+        """Load the model and look through the data. Raises InputError."""
+        mesh = preset_mesh(recipe.model, recipe.preset) if recipe.preset else None
+        config = read_config(open_checkpoint(recipe.model))
+        loaded = load(
+            recipe.model, dtype=recipe.dtype, mesh=mesh, rules=recipe.preset or "serve", quantize=recipe.quantize,
+            trained=functools.partial(is_trained, config, recipe.part),
+        )  # fmt: skip
+        if loaded.tokenizer is None:
+            raise InputError(f"{recipe.model}: no tokenizer.json or tokenizer.model here, which chats need; add one")
+        model = dataclasses.replace(loaded.model, remat=REMAT[recipe.remat])
+        rules = model.constrain if isinstance(model.constrain, Rules) else None
+        if rules is not None and recipe.samples % rules.parts("batch"):
+            raise InputError(
+                f"samples: expected a multiple of the {rules.parts('batch')} parts in which the mesh splits rows, got "
+                f"{recipe.samples}"
+            )
+        mine = own_samples(recipe.samples, rules)
+        reader = Reader(
+            loaded.tokenizer, loaded.template, loaded.config, recipe.rows,
+            min(recipe.length, loaded.config.text.context), recipe.too_long,
+        )  # fmt: skip
+        batches = _batches(recipe, recipe.data, reader, mine, recipe.steps)
+        held_out = None if recipe.held_out is None else _batches(recipe, recipe.held_out, reader, mine, None)
+        params, frozen = start(recipe, loaded)
+        loss, optimizer = functools.partial(part_loss, recipe, model), optimizer_of(recipe)
+        state = TrainState.of(params, optimizer)
+        return cls(recipe, loaded, frozen, state, train_step(loss, optimizer), jax.jit(loss), batches, held_out, mine)
+
+    def place(self, batches: Batch) -> Batch:
+        rules = self.loaded.model.constrain
+        return placed(batches, self.recipe.samples, self.mine, rules if isinstance(rules, Rules) else None)
+
+    def update(self, batches: Batch) -> Report:
+        """One step on batches as `Batches` makes them."""
+        self.state, report = self.step(self.state, self.frozen, self.place(batches))
+        return report
+
+    def evaluate(self) -> float:
+        """The mean loss of what is held out."""
+        assert self.held_out is not None
+        total = count = 0.0
+        for batches in self.held_out.read():
+            placed = self.place(batches)
+            for i in range(len(batches.tokens)):
+                value, weight = self.loss(
+                    self.state.params, self.frozen, jax.tree.map(lambda each, i=i: each[i], placed)
+                )
+                total, count = total + float(value), count + float(weight)
+        return total / count
+
+
+def _batches(recipe: Recipe, path: str, reader: Reader, mine: slice, steps: int | None) -> Batches:
+    chats, accumulate = Chats(path, reader), recipe.accumulate if steps else 1
+    order = Order(chats, recipe.samples * accumulate, recipe.seed if steps else None)
+    return Batches(chats, order, steps or len(order), recipe.samples, accumulate, mine)
+
+
+class Preempted(Exception):
+    """The machine is taken back; what was trained is saved."""
+
+
+@contextmanager
+def _notice() -> Iterator[list[int]]:
+    """SIGTERM is noted in the list instead of ending the process."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Train, or go on where a run of the same recipe in `out` was when it ended, and write what was trained.
+
+    Returns:
+        what was done, see `History.summary`, and where the result is.
+
+    Raises:
+        InputError: the recipe, its data or `out` cannot be used; the loss is no number.
+        Preempted: SIGTERM came; the state is saved.
+    """
+    checkpoints = Checkpoints(out, recipe)
+    trainer = Trainer.of(recipe)
+    reader = trainer.batches.read()
+    if found := checkpoints.latest(trainer.state):
+        trainer.state = found[0]
+        reader.set_state(found[1])
+    history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
+    with _notice() as noted, history:
+        _run(trainer, reader, checkpoints, history, noted)
+    checkpoints.close()
+    result = write_trained(out, recipe, trainer.loaded.config, trainer.state.params)
+    return {
+        **history.summary(),
+        "dropped": trainer.batches.chats.dropped,
+        "cut": trainer.batches.chats.cut,
+        "result": str(result),
+    }
+
+
+def _run(trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: History, noted: list[int]) -> None:
+    recipe, begun = trainer.recipe, int(trainer.state.step)
+    for step in range(begun + 1, recipe.steps + 1):
+        batches = next(reader)
+        report = trainer.update(batches)
+        _check(trainer, step, report)
+        leaving = bool(noted) if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        due = step % recipe.save_every == 0 or step == recipe.steps
+        loss = trainer.evaluate() if due and trainer.held_out is not None else None
+        history.add(step, batches, report, loss)
+        if due or leaving:
+            checkpoints.save(trainer.state, reader.get_state(), loss)
+        if leaving:
+            checkpoints.close()
+            raise Preempted(f"{checkpoints.out}: told to end; step {step} is saved, the same command goes on from it")
+
+
+def _check(trainer: Trainer, step: int, report: Report) -> None:
+    """Stop where the loss or its gradient is no number."""
+    loss, gradient = float(report.loss), float(report.gradient)
+    if not (math.isfinite(loss) and math.isfinite(gradient)):
+        lines = trainer.batches.lines(step - 1)
+        named = f"lines {', '.join(map(str, lines))}" if len(lines) > 1 else f"line {lines[0]}"
+        raise InputError(
+            f"step {step}: loss {loss}, gradient {gradient}; its batch is {named} of "
+            f"{trainer.batches.chats.path}; look at these, or lower learning_rate; the last checkpoint is from before"
+        )

@@ -1,0 +1,175 @@
+"""`mllama train` as its users see it: runs that end anywhere and go on, what they leave, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllama_jax.cli import main
+
+ROOT = Path(__file__).parents[1]
+Line = dict[str, Any]
+
+
+def line(i: int, answer: str | None = None, words: int = 3) -> Line:
+    """A chat about a picture; every third one is about none."""
+    parts: list[Line] = [{"type": "text", "text": f"What is in picture {i}?"}]
+    said = answer or " ".join(f"word{(i * 7 + n) % 10}" for n in range(words))
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
+    if i % 3 == 2:
+        return {"messages": messages}
+    parts.insert(0, {"type": "image"})
+    return {"messages": messages, "images": [f"{i % 4}.png"]}
+
+
+def write(directory: Path, lines: list[Any], model: Path, name: str = "chats.jsonl", **settings: Any) -> Path:
+    """A recipe beside its chats and their pictures."""
+    directory.mkdir(exist_ok=True)
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + 30 * i, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(directory / f"{i}.png")
+    (directory / name).write_text("".join(each if isinstance(each, str) else json.dumps(each) + "\n" for each in lines))
+    lora = settings.pop("lora", {"rank": 2, "alpha": 4.0})
+    settings = {
+        "model": str(model), "data": name, "part": "lora", "steps": 8, "samples": 3, "length": 128, "save_every": 3,
+        "learning_rate": 3e-3, "dtype": "float32",
+    } | settings  # fmt: skip
+    table = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    table += ["[lora]", *(f"{key} = {json.dumps(value)}" for key, value in lora.items())]
+    (directory / "recipe.toml").write_text("\n".join(table) + "\n")
+    return directory / "recipe.toml"
+
+
+def history(out: Path) -> list[dict[str, float]]:
+    return [json.loads(each) for each in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache of compiled programs for all runs here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_a_run_that_is_ended_anywhere_ends_as_one_that_is_not(tiny_directory: Path, tmp_path: Path) -> None:
+    chats = [line(i) for i in range(11)]
+    recipe = write(tmp_path / "data", chats, tiny_directory, held_out="chats.jsonl", accumulate=2)
+    assert main(["train", str(recipe), str(tmp_path / "whole")]) == 0
+    out = tmp_path / "ended"
+    for what, moment, number, code, kept in (
+        ("kill", "saving", 3, -9, []),
+        ("term", "step", 4, 143, ["3", "5"]),  # noticed, one more step, saved
+        ("kill", "saving", 6, -9, ["3", "5"]),
+    ):
+        command = [sys.executable, "-m", "tests.tuned", str(recipe), str(out), what, moment, str(number)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == code, run.stderr
+        assert sorted(each.name for each in out.glob("checkpoints/?")) == kept
+    assert main(["train", str(recipe), str(out)]) == 0
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole, ended = history(tmp_path / "whole"), history(out)
+    assert [each["step"] for each in ended] == list(range(1, 9))
+    for name in ("loss", "gradient_norm", "held_out_loss"):
+        assert [each.get(name) for each in ended] == [each.get(name) for each in whole]
+    assert whole[-1]["held_out_loss"] < whole[2]["held_out_loss"]
+    assert (out / "history.png").stat().st_size > 10_000
+    assert list(out.glob("events/*tfevents*"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_directory: Path) -> Callable[..., tuple[int, str]]:
+    """Train on lines; returns the exit code and what stands on stderr."""
+
+    def train(
+        capsys: pytest.CaptureFixture[str], directory: Path, lines: list[Any], **settings: Any
+    ) -> tuple[int, str]:
+        code = main(["train", str(write(directory, lines, tiny_directory, **settings)), str(directory / "out")])
+        return code, capsys.readouterr().err
+
+    return train
+
+
+def chat(*parts: Line, **others: Any) -> Line:
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "yes"}], **others}
+
+
+IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "Is it?"}
+BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    ("none", [], {}, "chats.jsonl: no chats in it; expected one a line"),
+    ("json", [line(0), "{\n"], {}, "chats.jsonl, line 2: expected JSON, got an error at "),
+    ("messages", [{"text": "?"}], {}, "line 1: expected an object with a list of messages under 'messages'"),
+    (
+        "no picture",
+        [line(0), chat(IMAGE, TEXT)],
+        {},
+        "line 2: an image part without a picture; give it an 'image', or ",
+    ),
+    ("spare", [chat(TEXT, images=["0.png"])], {}, "line 1: images: 1 pictures but 0 image parts without their own"),
+    ("absent", [chat(IMAGE, TEXT, images=["9.png"])], {}, "9.png': no such file; expected a picture, check the path"),
+    ("base64", [chat(IMAGE, TEXT, images=[{"bytes": "?"}])], {}, "line 1: picture: expected base64, got an error at"),
+    (
+        "broken",
+        [chat(IMAGE, TEXT, images=[{"bytes": "aGVsbG8="}])],
+        {},
+        "line 1: picture of 5 bytes: expected a picture",
+    ),
+    (
+        "silent",
+        [{"messages": [{"role": "user", "content": "?"}]}],
+        {},
+        "line 1: no answer to learn from; expected a mess",
+    ),
+    ("long", [line(0)], {"length": 8}, "nothing to learn from; 1 lines are longer than 8 tokens"),
+    ("pairs", [line(0)], {"loss": "preference"}, "a list of messages under 'chosen' and 'rejected'"),
+    ("part", [line(0)], {"part": "head"}, "recipe.toml: part: expected adapter, lora, full, got 'head'"),
+    ("type", [line(0)], {"steps": "8"}, "recipe.toml: steps: expected int, got '8'"),
+    ("key", [line(0)], {"stepps": 8}, "recipe.toml: stepps: not known; known are model, data, "),
+    ("sign", [line(0)], {"samples": 0}, "recipe.toml: samples: expected more than 0, got 0"),
+    ("int8", [line(0)], {"quantize": "int8", "part": "full"}, "int8 kernels cannot be trained; expected part 'lora'"),
+    ("lora", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("lines", "settings", "message"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
+def test_bad_input_is_told_in_one_line(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[Any], settings: Line, message: str
+) -> None:
+    code, said = run(capsys, tmp_path / "data", lines, **settings)
+    assert code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_directory_of_another_run_is_refused(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, tmp_path / "data", [line(0)], steps=1)[0] == 0
+    code, said = run(capsys, tmp_path / "data", [line(0)], steps=1, lora={"rank": 3})
+    assert code == 2
+    assert "holds a run of another recipe, lora: expected {'rank': 3," in said
+    (tmp_path / "data/out/recipe.json").unlink()
+    code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
+    assert (code, "expected a new or empty directory or one of a run" in said) == (2, True)
+
+
+def test_a_loss_that_is_no_number_names_its_batch(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line(i) for i in (2, 5, 8)]
+    code, said = run(capsys, tmp_path / "data", lines, learning_rate=1e30, clip=1e30, warmup=0.0, steps=20)
+    assert code == 2
+    assert "its batch is lines 1, 2, 3 of " in said
+    assert said.count("\n") == 1
+
+
+def test_a_plan_of_training_needs_the_tpus_compiler(tiny_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tiny_directory), "--topology", "h100:1", "--train", "lora"]) == 2
+    assert "--train asks the TPU's compiler, which knows no h100; choose a slice of TPUs" in capsys.readouterr().err
