@@ -17,12 +17,12 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# What `make test` leaves out: Meta's code and two versions of transformers on the same weights.
+# What `make test` leaves out: what takes long, and Meta's code and two versions of transformers on the same weights.
 test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done $(VENV)-lmms/.done
 	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
 	MLLAMA_LMMS_PYTHON=$(VENV)-lmms/bin/python \
 	MLLAMA_TRANSFORMERS_4_45_WHEEL=$(VENV)-transformers-4.54/transformers-4.45.2-py3-none-any.whl \
-		$(VENV)-oracle/bin/python -m pytest tests/oracle
+		$(VENV)-oracle/bin/python -m pytest -n 2 --dist loadfile tests/oracle tests/long
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

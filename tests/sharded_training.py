@@ -1,4 +1,4 @@
-"""Run by test_train_sharded on fake CPU devices: the loss of 20 steps on meshes against the same on one device."""
+"""Run by long/test_train_sharded on fake CPU devices: the loss of 20 steps on meshes against the same on one device."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.train.batch import IGNORED
 from mllama_jax.train.chats import Chats, Reader, TooLong
 from mllama_jax.train.loader import Batches, Order
-from tests.test_train_run import Line, line, write
+from tests.training import Line, line, write
 
 
 def read(

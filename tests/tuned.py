@@ -1,4 +1,4 @@
-"""Run by test_train_run: a training run that ends itself.
+"""Run by long/test_train_run: a training run that ends itself.
 
 python -m tests.tuned RECIPE OUT kill step N     SIGKILL behind step N, whatever of a checkpoint is on its way
 python -m tests.tuned RECIPE OUT kill saving N   SIGKILL while the checkpoint of step N is being written

@@ -16,7 +16,9 @@ from mllama_jax.convert.export import write_hf
 from mllama_jax.train.pictures import recipe as pictures
 from mllama_jax.train.pictures import tokenizer
 from tests.conftest import TINY
-from tests.test_train_run import ROOT, line, write
+from tests.training import line, write
+
+ROOT = Path(__file__).parents[2]
 
 # The many programs are run for moments only: compiled fast, not well.
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
