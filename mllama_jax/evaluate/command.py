@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def add_commands(commands: Any) -> None:
         command.add_argument(
             "--dtype", choices=DTYPES, help="bfloat16 (default on accelerators), float32 (default on CPU)"
         )
-        command.add_argument("--quantize", choices=["int8"], help=f"keep {whose} kernels in int8; on one device")
+        command.add_argument("--quantize", choices=QUANTIZATIONS, help=f"keep {whose} kernels in int8")
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -178,7 +179,7 @@ def _begin(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> Mllama:
-    """The model on all devices, replicas that share out rows; on one device where it is quantised."""
+    """The model on all devices, replicas that share out rows."""
     import jax
 
     from mllama_jax import load
@@ -186,10 +187,7 @@ def _load(args: argparse.Namespace) -> Mllama:
     from mllama_jax.loading import preset_mesh
 
     use_compilation_cache()
-    if args.quantize is not None and args.group is not None:
-        raise InputError("--group: int8 works on one device so far; leave one of the two out")
-    spread = jax.device_count() > 1 and args.quantize is None
-    mesh = preset_mesh(args.model, "evaluate", args.group) if spread else None
+    mesh = preset_mesh(args.model, "evaluate", args.group) if jax.device_count() > 1 else None
     with stage(f"loading {args.model}"):
         return load(args.model, dtype=args.dtype, quantize=args.quantize, mesh=mesh, rules="evaluate")
 

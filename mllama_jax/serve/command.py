@@ -53,6 +53,11 @@ def run(args: argparse.Namespace) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     keys = tuple(key for key in os.environ.get(KEYS, "").split(",") if key)
     model = load_model(args)
+    if model.groups > 1:
+        raise InputError(
+            f"--preset {args.preset}: a slot is one row and this mesh splits rows in {model.groups}; choose serve, or "
+            "fewer devices"
+        )
     limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits)
