@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import jsonschema
 import openai
 import pytest
 from PIL import Image
@@ -176,6 +177,46 @@ def test_settings_reach_the_answer(client: openai.OpenAI, model: Mllama) -> None
     assert endless.choices[0].finish_reason == "length"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "sure": {"type": "boolean"}, "n": {"enum": [1, 22, 333]}},
+    "required": ["colour", "sure", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_are_held_to_a_schema(client: openai.OpenAI, model: Mllama) -> None:
+    """Whatever is drawn, beside requests that are not held to anything and get what they get alone."""
+    free = questions(1)
+    expected = [each.text for each in model.generate(free, max_new_tokens=16)]
+
+    def held(seed: int) -> Any:
+        made = client.chat.completions.create(
+            model="pictures-4m",
+            messages=[{"role": "user", "content": "Hello"}],
+            response_format={"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}},
+            seed=seed,
+            temperature=2,
+            max_tokens=100,
+        )
+        assert made.choices[0].finish_reason == "stop"
+        return json.loads(made.choices[0].message.content or "")
+
+    def plain(question: Any) -> str | None:
+        made = client.chat.completions.create(
+            model="pictures-4m", messages=asked(question), temperature=0, max_tokens=16
+        )
+        return made.choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        answers, texts = pool.map(held, range(8)), pool.map(plain, free)
+        found = list(answers)
+        assert list(texts) == expected
+    for each in found:
+        jsonschema.validate(each, SCHEMA)
+    assert len({json.dumps(each) for each in found}) > 2
+
+
 def test_text_completions(client: openai.OpenAI, model: Mllama) -> None:
     assert model.tokenizer is not None
     ids = [model.tokenizer.bos, *model.tokenizer.encode("What", specials=False)]
@@ -231,7 +272,12 @@ BOMB = Image.new("1", (15000, 15000))
     [
         ({"colour": 1}, "colour: not supported; known are "),
         ({"best_of": 2}, "best_of: not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format: expected type 'text', got 'json_object'"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type: expected text, json_object or json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: expected an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number", "minimum": "x"}}}},
+            "response_format: ",
+        ),
         ({"messages": "Hello"}, "messages: expected a list, got str"),
         ({"messages": [{"role": "robot", "content": "Hello"}]}, "role: expected system, user"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "expected a part of type 'text'"),

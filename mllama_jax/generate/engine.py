@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from mllama_jax.processing.image import preprocess
 STEPS = 32  # decode steps in one dispatch
 CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how often between two dispatches
 PICTURES = 8  # encoded between two dispatches
+NEVER = -1e30  # the bias of a token that must not come
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
 
@@ -50,6 +51,18 @@ class Picture:
         return TILES[int(self.ratio_id[0])]
 
 
+class Guide(Protocol):
+    """Says what an answer may go on with."""
+
+    def mask(self) -> np.ndarray:
+        """bool [V], the tokens that may come next."""
+        ...
+
+    def take(self, token: int) -> None:
+        """The answer goes on with this one."""
+        ...
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A prompt and its answer as it grows.
@@ -57,6 +70,7 @@ class Request:
     Attributes:
         marks: the prompt's token ids, the pictures' digests in place of image tokens: equal marks, equal caches.
         spans: which positions see each picture.
+        guide: what the answer is held to. While one is being decoded a dispatch makes one token.
     """
 
     prompt: Prompt
@@ -64,9 +78,10 @@ class Request:
     marks: list[int | bytes]
     pictures: list[Picture]
     spans: list[tuple[int, int]]
+    guide: Guide | None = None
 
     @classmethod
-    def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer) -> Request:
+    def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer, guide: Guide | None = None) -> Request:
         """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""
         check_rows(config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
         Settings.of([answer.params], [prompt.tokens], config.stops, config.text.vocab)  # refuses what is no token
@@ -76,7 +91,7 @@ class Request:
             pictures.append(Picture(digest_of(image), *preprocess([image], config.vision)))
         digests = iter([picture.digest for picture in pictures])
         marks = [next(digests) if token == config.image_token else token for token in prompt.tokens]
-        return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token))
+        return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token), guide)
 
 
 @dataclasses.dataclass(eq=False)
@@ -288,6 +303,7 @@ class Engine:
         tokens[: len(new)] = new
         self._make_room(positions=known + len(tokens))
         settings = Settings.of([answer.params], [prompt], self.config.stops, self.config.text.vocab)
+        settings = guided(settings, {0: request.guide} if request.guide else {})
         spans, made = slot.spans(self._tiles)[None], np.array([len(answer.tokens)], np.int32)
         caches, self._caches = self._caches, None
         self._caches, first = slots.read(
@@ -321,13 +337,15 @@ class Engine:
             token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
             spans[i] = slot.spans(self._tiles)
             answers[i], prompts[i] = answer, slot.request.prompt.tokens
+        guides = {slot.row: slot.request.guide for slot in rows if slot.request and slot.request.guide}
         settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
+        settings = guided(settings, guides)
         counts = counts_of(settings, answers)
         token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
         state = decode.State(caches.text, token, position, made, done, counts)
         cross, self._caches = caches.cross(jnp.asarray(spans), slots.tile_tokens(self.model)), None
         state, block, columns = decode.decode(
-            self.model, self.params, state, cross, settings, steps=STEPS, top=top_of(answers)
+            self.model, self.params, state, cross, settings, steps=1 if guides else STEPS, top=top_of(answers)
         )
         self._caches = dataclasses.replace(caches, text=state.cache)
         block, columns = decode.on_host(block), int(columns)
@@ -339,7 +357,11 @@ class Engine:
         """Give an answer its new tokens; all but the last of them are in the cache."""
         request = slot.request
         assert request is not None
+        known = len(request.answer.tokens)
         text = request.answer.push(made, row, columns)
+        if request.guide is not None:
+            for token in request.answer.tokens[known:]:
+                request.guide.take(token)
         slot.marks = [*request.marks, *request.answer.tokens[:-1]]
         if request.answer.finish_reason:
             slot.request = None
@@ -385,6 +407,18 @@ class Engine:
 
 
 IDLE = Answer(SamplingParams(), (), None)
+
+
+def guided(settings: Settings, guides: Mapping[int, Guide]) -> Settings:
+    """Settings in which rows may only go on as their guides let them."""
+    if not guides:
+        return settings
+    masks = {row: guide.mask() for row, guide in guides.items()}
+    shape = (len(settings.seed), *next(iter(masks.values())).shape)
+    bias = np.zeros(shape, np.float32) if settings.bias is None else np.array(settings.bias)
+    for row, mask in masks.items():
+        bias[row, ~mask] = NEVER
+    return dataclasses.replace(settings, bias=jnp.asarray(bias))
 
 
 def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None:

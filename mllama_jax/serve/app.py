@@ -26,6 +26,7 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.processes import versions
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.serve import protocol
+from mllama_jax.serve.guide import Guide, Vocabulary
 from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.metrics import Metrics
 from mllama_jax.serve.protocol import Asked
@@ -190,7 +191,8 @@ class Service:
         made = []
         for params in protocol.sampling(asked, room, config.stops).each():
             answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
-            made.append(Job(await self._aside(engine.Request.of, config, prompt, answer), began))
+            guide = None if asked.schema is None else await self._aside(self._guide, asked.schema)
+            made.append(Job(await self._aside(engine.Request.of, config, prompt, answer, guide), began))
         return made
 
     async def _whole(self, jobs: list[Job]) -> None:
@@ -355,6 +357,14 @@ class Service:
         except TimeoutError:
             raise Refused(408, f"body: did not come within {self.limits.seconds:.0f} s") from None
         return bytes(body)
+
+    def _guide(self, schema: dict[str, Any]) -> Guide:
+        return self._vocabulary.guide(schema)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        assert self.tokenizer is not None
+        return Vocabulary(self.tokenizer, self.model.config.text.vocab, self.model.config.stops)
 
     def _picture(self, url: str) -> Any:
         return read_picture(url, self.limits.hosts)

@@ -41,6 +41,7 @@ class Asked:
         prompts: conversations, or texts or token ids to go on from.
         settings: of `SamplingParams`, without `max_new_tokens` where the request sets none.
         logprobs: whether to report log-probabilities.
+        schema: what the answer is held to, a JSON schema; None for any text.
     """
 
     prompts: list[Any]
@@ -49,6 +50,7 @@ class Asked:
     stream: bool
     usage: bool
     logprobs: bool
+    schema: dict[str, Any] | None = None
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -69,9 +71,6 @@ def parse(body: bytes) -> dict[str, Any]:
 def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], Image.Image]) -> Asked:
     """What /v1/chat/completions takes; `picture` opens a URL. Raises InputError, naming the field."""
     _known(body, _CHAT, model)
-    kind = _typed(body, "response_format", dict, {"type": "text"}).get("type")
-    if kind != "text":
-        raise InputError(f"response_format: expected type 'text', got {kind!r}; other formats are not supported")
     top, wanted = _typed(body, "top_logprobs", int, 0), _typed(body, "logprobs", bool, False)
     if top and not wanted:
         raise InputError("top_logprobs: needs logprobs true")
@@ -80,7 +79,9 @@ def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], I
     if choice not in ("auto", "none"):
         raise InputError(f"tool_choice: expected 'auto' or 'none', got {choice!r}")
     messages = _conversation(body.get("messages"), picture)
-    return Asked([messages], settings, tools if tools and choice == "auto" else None, *_delivery(body), wanted)
+    return Asked(
+        [messages], settings, tools if tools and choice == "auto" else None, *_delivery(body), wanted, _schema(body)
+    )
 
 
 def text_request(body: Mapping[str, Any], model: str) -> Asked:
@@ -114,6 +115,21 @@ def _typed(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
     if (value is not None and not isinstance(value, kind)) or (isinstance(value, bool) and kind is int):
         raise InputError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def _schema(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    asked = _typed(body, "response_format", dict, {"type": "text"})
+    kind = asked.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InputError(f"response_format.type: expected text, json_object or json_schema, got {kind!r}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    schema = _typed(asked, "json_schema", dict, {}).get("schema")
+    if not isinstance(schema, dict):
+        raise InputError(f"response_format.json_schema.schema: expected an object, got {type(schema).__name__}")
+    return schema
 
 
 def _delivery(body: Mapping[str, Any]) -> tuple[bool, bool]:
