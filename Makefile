@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test test-all lint
@@ -10,7 +11,7 @@ demo: $(VENV)/.runtime
 	$(RUN) -m mllama_jax.demo
 
 test: $(VENV)/.test lint
-	$(RUN) -m pytest -n auto tests
+	$(RUN) -m pytest -n auto $(TESTS)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
