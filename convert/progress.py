@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -75,7 +76,7 @@ class Progress:
                 self.store.delete(key)
         self.store.delete(_JOB)
         if not self.store.remote:
-            os.rmdir(os.path.join(self.store.location, _FOLDER))
+            shutil.rmtree(os.path.join(self.store.location, _FOLDER))  # with what a kill may have left of locks
 
     def __enter__(self) -> Progress:
         return self
