@@ -47,6 +47,19 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     assert int(run.stdout.split()[0]) >= 15  # the others had ended
 
 
+def test_a_lock_that_a_kill_left_is_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorStore does not list the locks beside its files; the folder of notes goes with those in it."""
+    source, target = tiny(tmp_path / "source"), tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr("mllama_jax.convert.run.write_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(source, target, to="orbax")
+    (target / "unfinished" / "never.written.__lock").touch()
+    assert convert(source, target, to="orbax")["resumed"] > 0
+    assert not (target / "unfinished").exists()
+    assert mllama_jax.load(target, dtype="float32", verify=True).config.text.layers == 3
+
+
 class DiskFull:
     """os.fdatasync until, at the call number `last`, the disk is full."""
 
