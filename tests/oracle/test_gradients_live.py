@@ -64,7 +64,7 @@ def test_gradients_are_those_of_metas_code(tmp_path: Path) -> None:
         jax.value_and_grad(lambda params: supervised(loaded.model, params, batch), has_aux=True)
     )(loaded.params)
     assert abs(float(value) - loss) <= 1e-5 * abs(loss)
-    ours = tensors(from_tree(jax.device_get(tie_tiles(gradient))), loaded.config, "meta")
+    ours = tensors(from_tree(jax.device_get(tie_tiles(gradient)), np.dtype("float32")), loaded.config, "meta")
     assert ours.keys() >= theirs.keys()
     errors = {}
     for name, wanted in theirs.items():
