@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from mllama_jax.model.quantize import is_quantized, quantize
 
 # ---- What numbers are stored in -----------------------------------------------------------------------------------
 
+_AT_ONCE = 2**24  # numbers that are quantised at once
+
 
 def cast(model: Model, dtype: np.dtype) -> Model:
     """Every tensor in `dtype`, rounded to nearest even; but for what follows from the configuration."""
@@ -40,25 +42,31 @@ def cast(model: Model, dtype: np.dtype) -> Model:
 def quantized(model: Model) -> Model:
     """The decoder's kernels in int8, each followed by its scales."""
     found: dict[tuple[str, ...], Parameter] = {}
+    pair = functools.lru_cache(maxsize=1)(_pair)  # values and scales are asked for one after the other
     for path, parameter in model.parameters.items():
         if not is_quantized(path):
             found[path] = parameter
             continue
-        values, scale = (functools.partial(_quantized, parameter, i) for i in (0, 1))
+        values, scale = (functools.partial(_quantized, pair, parameter, i) for i in (0, 1))
         found[path] = Parameter(parameter.shape, np.dtype(np.int8), values)
         found[(*path[:-1], "scale")] = Parameter(parameter.shape[:-1], np.dtype(np.float32), scale)
     return dataclasses.replace(model, parameters=found)
 
 
-def _quantized(parameter: Parameter, i: int, index: Index) -> np.ndarray:
-    return _pair(parameter)[i][index]
+def _quantized(pair: Callable, parameter: Parameter, i: int, index: Index) -> np.ndarray:
+    return pair(parameter)[i][index]
 
 
-@functools.lru_cache(maxsize=1)  # values and scales are asked for one after the other
 def _pair(parameter: Parameter) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales, made some rows at a time: float32 has twice or four times the bytes."""
+    rows = parameter.whole().reshape(-1, parameter.shape[-1])
+    values, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
+    step = max(1, _AT_ONCE // rows.shape[1])
     with jax.default_device(jax.devices("cpu")[0]):
-        values, scale = jax.jit(quantize)(parameter.whole())
-    return np.asarray(values), np.asarray(scale)
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            values[some], scales[some] = jax.jit(quantize)(rows[some])
+    return values.reshape(parameter.shape), scales.reshape(parameter.shape[:-1])
 
 
 # ---- The decoder --------------------------------------------------------------------------------------------------

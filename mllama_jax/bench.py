@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "int8")
 PROMPT = 128  # tokens behind the picture in the first-token figure
-STEPS = 32  # decode steps in a dispatch, as `generate` makes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mllama_jax.planner import _config
+    from mllama_jax.generate.decode import STEPS
+    from mllama_jax.planner import config_of
 
     for name in ("rows", "images"):
         if bad := [n for n in getattr(args, name) if n < 1]:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.plot is not None and args.plot.suffix != ".png":
         raise InputError(f"--plot must name a .png file, got {args.plot}")
-    config = _config(args.model)
+    config = config_of(args.model)
     peers = peer_figures(args) if args.versus else {}  # first: JAX keeps the memory that it once had
     from mllama_jax.check import environment
 
@@ -115,6 +115,7 @@ def figures(config: MllamaConfig, dtype: str, args: argparse.Namespace) -> Itera
     """Every figure of a model whose decoder has weights of this dtype, as it is measured."""
     import jax.numpy as jnp
 
+    from mllama_jax.generate.decode import STEPS
     from mllama_jax.model.mllama import MllamaModel
 
     bench = Bench(MllamaModel(config, jnp.dtype("bfloat16")), random_parameters(config, dtype), chip())
@@ -196,7 +197,7 @@ class Bench:
     chip: Chip | None
 
     def decode(self, rows: int, context: int, pictures: bool) -> tuple[Callable[[], Any], Floor]:
-        """A dispatch of STEPS steps, of which the last fills the cache."""
+        """A dispatch of decode steps, of which the last fills the cache."""
         import jax
         import jax.numpy as jnp
 
@@ -214,7 +215,7 @@ class Bench:
             cross = CrossCache(layers, spans, vision.tokens)
         weights = self._decode_weights(cross is not None)
         settings = self._settings(rows)
-        position = jnp.full(rows, context - STEPS, jnp.int32)
+        position = jnp.full(rows, context - decode.STEPS, jnp.int32)
         token = jnp.arange(rows, dtype=jnp.int32)
         state: list[Any] = [decode.State(cache, token, position, token, jnp.zeros(rows, bool), None)]
 
@@ -222,7 +223,7 @@ class Bench:
             start = state.pop().replace(
                 position=position + 0, made=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool)
             )
-            after, block, _ = decode.decode(self.model, self.params, start, cross, settings, steps=STEPS, top=0)
+            after, block, _ = decode.decode(self.model, self.params, start, cross, settings, steps=decode.STEPS, top=0)
             state.append(after)
             return block
 
@@ -268,7 +269,7 @@ class Bench:
                 tiles = jnp.arange(vision.max_tiles, dtype=jnp.int32)[None]
                 spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (1, vision.max_tiles, 2))
                 cross = decode.keys_values(self.model, self.params, encode(), tiles, spans)
-            cache = decode.new_cache(self.model, 1, tokens + STEPS)
+            cache = decode.new_cache(self.model, 1, tokens + decode.STEPS)
             return decode.prefill(self.model, self.params, ids, lengths, cache, cross, settings, top=0)[1]
 
         weights = self._decode_weights(picture)

@@ -26,7 +26,7 @@ from mllama_jax.model.attention import attention, attention_weights
 from mllama_jax.processes import versions
 from mllama_jax.sharding.fit_table import shallow
 from mllama_jax.sharding.mesh import Topology, make_mesh, topology_of
-from mllama_jax.sharding.programs import STEPS, Programs, Workload
+from mllama_jax.sharding.programs import Programs, Workload
 from mllama_jax.sharding.roofline import expected_collectives, floor
 from mllama_jax.sharding.rules import mesh_axes, preset_rules
 
@@ -113,7 +113,7 @@ def timed(config: MllamaConfig, name: str, place: Topology | None) -> Pace:
     seconds = []
     for _ in range(4):  # the first compiles
         start = time.perf_counter()
-        state, made, columns = decode.decode(programs.model, params, state, cross, settings, steps=STEPS, top=0)
+        state, made, columns = decode.decode(programs.model, params, state, cross, settings, steps=decode.STEPS, top=0)
         decode.on_host(made)
         seconds.append((time.perf_counter() - start) / int(columns))
     limits = floor(place, programs, load, expected_collectives(programs, load)).seconds if place else None

@@ -139,6 +139,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return sampling
 
 
+def default_dtype() -> str:
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def load_model(args: argparse.Namespace) -> Mllama:
     with stage("starting JAX"):
         import jax
@@ -147,7 +153,7 @@ def load_model(args: argparse.Namespace) -> Mllama:
         from mllama_jax.loading import preset_mesh
 
         use_compilation_cache()
-        args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        args.dtype = args.dtype or default_dtype()
         preset = args.preset or ("serve" if jax.process_count() > 1 else None)
     with stage(f"loading {args.model}"):
         if preset is None:

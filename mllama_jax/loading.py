@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllama_jax.api import Mllama
-from mllama_jax.config import QUANTIZATIONS, MllamaConfig
+from mllama_jax.config import DTYPES, QUANTIZATIONS, MllamaConfig
 from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
 from mllama_jax.convert.model import CARRIED
 from mllama_jax.convert.sources import Checkpoint, open_checkpoint
@@ -34,8 +34,6 @@ from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.sharding.mesh import make_mesh
 from mllama_jax.sharding.resolve import resolve
 from mllama_jax.sharding.rules import MeshAxes, Rules, mesh_axes, preset_rules
-
-DTYPES = ("bfloat16", "float32", "float16")
 
 
 def load(

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         _run_training(args, place, load)
         return
     made = plan(
-        _config(args.model),
+        config_of(args.model),
         place,
         load,
         preset=args.preset or "serve",
@@ -79,9 +79,11 @@ def run(args: argparse.Namespace) -> None:
 def _run_training(args: argparse.Namespace, place: Topology, load: Workload) -> None:
     from mllama_jax.train.plan import train_plan
 
-    if args.arithmetic or args.plot is not None:
-        raise InputError("--train asks the compiler and draws nothing; leave --arithmetic and --plot out")
-    made = train_plan(_config(args.model), place, load, args.train, args.preset or "fsdp", args.group)
+    if args.arithmetic or args.plot is not None or args.quantize is not None:
+        raise InputError(
+            "--train asks the compiler of whole weights and draws nothing; leave --arithmetic, --plot, --quantize out"
+        )
+    made = train_plan(config_of(args.model), place, load, args.train, args.preset or "fsdp", args.group)
     print(json.dumps(dataclasses.asdict(made)) if args.json else training_text(args.model, made))
 
 
@@ -105,7 +107,7 @@ def training_text(model: str, plan: TrainPlan) -> str:
     return "\n".join(lines)
 
 
-def _config(model: str) -> MllamaConfig:
+def config_of(model: str) -> MllamaConfig:
     from mllama_jax.config import PRESETS
     from mllama_jax.convert.apply import read_config
     from mllama_jax.convert.sources import open_checkpoint

@@ -23,8 +23,6 @@ from mllama_jax.sharding.hlo import Collective, Program
 from mllama_jax.sharding.resolve import check_axis, resolve
 from mllama_jax.sharding.rules import Rules
 
-STEPS = 32  # tokens a dispatch, as `generate` makes them
-
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -75,7 +73,7 @@ class Programs:
     def decode(self, load: Workload) -> jax.stages.Lowered:
         """A dispatch of decode steps of all slots."""
         return decode.decode.lower(
-            self.model, *self.decode_arguments(load), self._settings(load.slots), steps=STEPS, top=0
+            self.model, *self.decode_arguments(load), self._settings(load.slots), steps=decode.STEPS, top=0
         )
 
     def decode_arguments(self, load: Workload) -> tuple[Params, decode.State, CrossCache | None]:

@@ -12,8 +12,8 @@ import pytest
 from mllama_jax import check
 from mllama_jax.cli import main
 from mllama_jax.generate import decode
+from mllama_jax.generate.decode import STEPS
 from mllama_jax.sharding.mesh import topology
-from mllama_jax.sharding.programs import STEPS
 from tests.conftest import SMALL
 
 

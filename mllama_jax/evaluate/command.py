@@ -9,14 +9,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllama_jax.config import QUANTIZATIONS
+from mllama_jax.config import DTYPES, QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
-
-
-DTYPES = ("bfloat16", "float32", "float16")
 
 
 def add_commands(commands: Any) -> None:
@@ -148,14 +145,13 @@ def _compare(args: argparse.Namespace) -> None:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     recipe = load_recipe(args.task)
     rows = read_rows(args.data, recipe, args.limit)
-    import jax
 
     from mllama_jax import load
-    from mllama_jax.cli import stage, use_compilation_cache
+    from mllama_jax.cli import default_dtype, stage, use_compilation_cache
     from mllama_jax.evaluate.agreement import Reference, agreement, text
 
     use_compilation_cache()
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or default_dtype()
     reference = Reference(Path(args.second)) if args.second.endswith(".npz") else None
     if reference is not None and args.quantize is not None:
         raise InputError(f"--quantize: {args.second} is no model; leave it out")
@@ -169,13 +165,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _begin(args: argparse.Namespace) -> None:
     """Join the other processes, then fill in what depends on the machine."""
-    from mllama_jax.cli import SHIPPED, join
+    from mllama_jax.cli import SHIPPED, default_dtype, join
 
     join(args)
-    import jax
 
     args.model = args.model or SHIPPED
-    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    args.dtype = args.dtype or default_dtype()
 
 
 def _load(args: argparse.Namespace) -> Mllama:

@@ -21,6 +21,7 @@ from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 CHUNK = 2048  # tokens of a prompt read at once
+STEPS = 32  # decode steps in one dispatch
 SCORED = 128  # positions whose logits are made at once
 
 

@@ -9,12 +9,10 @@ import numpy as np
 
 from mllama_jax.generate import decode
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.decode import Made
+from mllama_jax.generate.decode import STEPS, Made
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params
-
-STEPS = 32  # tokens made in one dispatch
 
 
 def blocks(

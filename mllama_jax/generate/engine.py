@@ -24,6 +24,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import bucket, check_rows
+from mllama_jax.generate.decode import STEPS
 from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
 from mllama_jax.generate.slots import Caches, Layers
 from mllama_jax.model.mllama import MllamaModel, Params
@@ -31,7 +32,6 @@ from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
 from mllama_jax.processing.image import preprocess
 
-STEPS = 32  # decode steps in one dispatch
 CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how often between two dispatches
 PICTURES = 8  # encoded between two dispatches
 NEVER = -1e30  # the bias of a token that must not come
