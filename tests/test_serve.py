@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,13 +27,11 @@ from PIL import Image
 import mllama_jax
 from mllama_jax import Mllama
 from mllama_jax.cli import SHIPPED
-from mllama_jax.errors import InputError
 from mllama_jax.generate import slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
-from mllama_jax.serve import images
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
@@ -293,6 +290,8 @@ BOMB = Image.new("1", (15000, 15000))
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs true"),
         ({"stream": "yes"}, "stream: expected bool, got str"),
         ({"stop": [""]}, "stop must have no empty text"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}, "tool_calls: expected list, got int"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "expected a function"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
         ({"image": "data:image/png;base64,%%%"}, "image_url: not base64"),
         ({"image": GIF}, "image_url: expected data:image/jpeg|png|webp;base64"),
@@ -357,7 +356,6 @@ def test_clients_that_leave_free_their_slots(url: str) -> None:
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
         connection.request("POST", "/v1/chat/completions", body)
         connection.getresponse().read(10)
-        assert connection.sock is None or connection.sock.close() is None
         connection.close()
     end = time.monotonic() + 30
     while metric(url, "mllama_num_requests_running") + metric(url, "mllama_num_requests_waiting"):
@@ -391,66 +389,6 @@ def test_keys_a_full_queue_and_a_sigterm(start: Start) -> None:
         chunks = list(each)
         assert chunks[-1].usage.completion_tokens == 400
     assert process.wait(30) == 0
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1/a", "http://169.254.169.254/a", "http://[::1]/a", "http://2130706433/a", "http://0177.0.0.1/a",
-        "http://10.0.0.1/a", "http://localhost/a", "http://0.0.0.0/a",
-    ],
-)  # fmt: skip
-def test_private_addresses_are_never_called(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("was called"))
-    with pytest.raises(InputError, match=r"not a public one|no such host"):
-        images.fetch(url, {urlsplit(url).hostname or ""})
-
-
-@pytest.mark.parametrize("url", ["http://ok\\@evil/a", "http://user@ok/a", "ftp://ok/a", "http:///a", "http://o k/a"])
-def test_odd_urls_are_refused(url: str) -> None:
-    with pytest.raises(InputError, match=r"image_url: expected a plain http\(s\) URL"):
-        images.fetch(url, {"ok", "evil", ""})
-
-
-def test_fetching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From a server on this machine that counts as public here; it sends elsewhere, too much, and in circles."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    answers = {
-        "/a.png": b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content),
-        "/away": b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/a\r\nContent-Length: 0\r\n\r\n",
-        "/round": b"HTTP/1.1 302 Found\r\nLocation: /round\r\nContent-Length: 0\r\n\r\n",
-        "/large": b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000,
-        "/none": b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
-    }
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
-        writer.write(answers[path])
-        await writer.drain()
-        writer.close()
-
-    async def everything() -> None:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        monkeypatch.setattr(images, "public_address", lambda host, _: {"ok": "127.0.0.1"}[host])
-        monkeypatch.setattr(images, "MAX_BYTES", 4000)
-
-        def fetch(path: str) -> bytes:
-            return images.fetch(f"http://ok:{port}{path}", {"ok"})
-
-        assert await asyncio.to_thread(fetch, "/a.png") == content
-        for path, message in (
-            ("/away", "not fetched from 'elsewhere'"),
-            ("/round", "more than 3 redirects"),
-            ("/large", "at most 4000 bytes"),
-            ("/none", "expected status 200, got 404"),
-        ):
-            with pytest.raises(InputError, match=message):
-                await asyncio.to_thread(fetch, path)
-        server.close()
-
-    asyncio.run(everything())
 
 
 def test_a_request_that_breaks_the_engine_ends_alone(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
@@ -30,6 +31,7 @@ from mllama_jax.serve.guide import Guide, Vocabulary
 from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.metrics import Metrics
 from mllama_jax.serve.protocol import Asked
+from mllama_jax.serve.replies import Job, Replies
 from mllama_jax.serve.worker import EngineFault, Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
@@ -67,29 +69,18 @@ class Refused(Exception):
         self.response = JSONResponse(protocol.fault(message, kind), status, headers)
 
 
-@dataclasses.dataclass
-class Job:
-    """One answer in progress."""
-
-    request: engine.Request
-    began: float
-    last: float | None = None  # when the last piece came
-    seen: int = 0
-
-    @property
-    def answer(self) -> Answer:
-        return self.request.answer
-
-
 class Service:
     """A model, its engine, and the requests that it answers."""
 
     def __init__(self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits):
-        self.model, self.name, self.limits = model, name, limits
-        self.tokenizer = model.tokenizer
+        if model.tokenizer is None:
+            raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
+        self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
+        self.replies = Replies(name, model.tokenizer)
         self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context))
         self.metrics = Metrics(self.worker)
         self.ready = False
+        self._arriving = 0  # requests that are being prepared
         self._preparing = ThreadPoolExecutor(PREPARING)
 
     def app(self) -> Starlette:
@@ -147,21 +138,43 @@ class Service:
     # ---- Completions ------------------------------------------------------------------------------------------------
 
     async def chat(self, body: dict[str, Any], request: Request) -> Response:
-        asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
-        return await self._respond(asked, request, "chat.completion")
+        with self._arrival():
+            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+            jobs = await self._prepare(asked)
+        return await self._respond(asked, jobs, request, "chat.completion")
 
     async def complete(self, body: dict[str, Any], request: Request) -> Response:
-        asked = protocol.text_request(body, self.name)
-        return await self._respond(asked, request, "text_completion")
+        with self._arrival():
+            asked = protocol.text_request(body, self.name)
+            jobs = await self._prepare(asked)
+        return await self._respond(asked, jobs, request, "text_completion")
 
-    async def _respond(self, asked: Asked, request: Request, kind: str) -> Response:
-        jobs = [job for prompt in asked.prompts for job in await self._jobs(prompt, asked)]
-        if self.worker.open + len(jobs) > len(self.worker.engine.slots) + self.limits.queue:
+    @contextmanager
+    def _arrival(self) -> Iterator[None]:
+        """Refuses a request for which there is no room before its pictures take any."""
+        self._admit(1)
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+
+    def _admit(self, more: int) -> None:
+        if self.worker.open + self._arriving + more > len(self.worker.engine.slots) + self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
+
+    async def _prepare(self, asked: Asked) -> list[Job]:
+        """The answers that are asked for, known to fit."""
+        jobs = [job for prompt in asked.prompts for job in await self._jobs(prompt, asked)]
+        self._admit(len(jobs) - 1)
         for job in jobs:
             self.worker.engine.check(job.request)
+        return jobs
+
+    async def _respond(self, asked: Asked, jobs: list[Job], request: Request, kind: str) -> Response:
         if asked.stream:
-            return StreamingResponse(self._stream(asked, jobs, kind), media_type="text/event-stream")
+            events = self.replies.stream(asked, jobs, kind, self._pieces(jobs))
+            return StreamingResponse(events, media_type="text/event-stream")
         whole = asyncio.ensure_future(self._whole(jobs))
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -172,11 +185,10 @@ class Service:
         finally:
             whole.cancel()
             gone.cancel()
-        return JSONResponse(self._told(asked, jobs, kind))
+        return JSONResponse(self.replies.whole(asked, jobs, kind))
 
     async def _prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
         if isinstance(prompt, str):
-            assert self.tokenizer is not None
             return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
         if prompt and isinstance(prompt[0], int):
             return Prompt(list(prompt), [])
@@ -252,66 +264,6 @@ class Service:
         }
         log.info("%s", json.dumps(told))
 
-    # ---- As JSON ----------------------------------------------------------------------------------------------------
-
-    def _told(self, asked: Asked, jobs: list[Job], kind: str) -> dict[str, Any]:
-        chat = kind == "chat.completion"
-        choices = []
-        for i, job in enumerate(jobs):
-            answer, calls = job.answer, None
-            choice: dict[str, Any] = {"index": i, "finish_reason": answer.finish_reason, "logprobs": None}
-            if asked.logprobs:
-                choice["logprobs"] = self._logprobs(chat, answer, 0, len(answer.tokens))
-            if chat:
-                calls = protocol.tool_calls(answer.text) if asked.tools else None
-                choice["message"] = {"role": "assistant", "content": None if calls else answer.text, "refusal": None}
-            else:
-                choice["text"] = answer.text
-            if calls:
-                choice["message"]["tool_calls"] = calls
-                choice["finish_reason"] = "tool_calls"
-            choices.append(choice)
-        return protocol.header(kind, self.name) | {"choices": choices, "usage": _usage(jobs)}
-
-    def _logprobs(self, chat: bool, answer: Answer, start: int, end: int) -> dict[str, Any]:
-        assert self.tokenizer is not None
-        told = protocol.chat_logprobs if chat else protocol.text_logprobs
-        return told(answer, self.tokenizer, start, end)
-
-    async def _stream(self, asked: Asked, jobs: list[Job], kind: str) -> AsyncIterator[bytes]:
-        """Server-sent events. With tools an answer is told when it is whole: only then it is known to be a call."""
-        chat = kind == "chat.completion"
-        head = protocol.header(f"{kind}.chunk" if chat else kind, self.name)
-
-        def event(choices: list[Any], **more: Any) -> bytes:
-            return b"data: " + json.dumps(head | {"choices": choices} | more, ensure_ascii=False).encode() + b"\n\n"
-
-        def choice(i: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-            told = {"delta": delta} if chat else {"text": delta.get("content", "")}
-            return {"index": i, **told, "logprobs": logprobs, "finish_reason": reason}
-
-        seen = [0] * len(jobs)
-        if chat:
-            yield event([choice(i, {"role": "assistant", "content": ""}) for i in range(len(jobs))])
-        try:
-            async for i, piece in self._pieces(jobs):
-                logprobs = self._logprobs(chat, jobs[i].answer, seen[i], piece.end) if asked.logprobs else None
-                seen[i] = piece.end
-                if not asked.tools and (piece.text or logprobs):
-                    yield event([choice(i, {"content": piece.text}, logprobs=logprobs)])
-            for i, job in enumerate(jobs):
-                calls = protocol.tool_calls(job.answer.text) if asked.tools else None
-                if calls:
-                    yield event([choice(i, {"tool_calls": [{"index": 0, **call} for call in calls]})])
-                elif asked.tools:
-                    yield event([choice(i, {"content": job.answer.text})])
-                yield event([choice(i, {}, "tool_calls" if calls else job.answer.finish_reason)])
-            if asked.usage:
-                yield event([], usage=_usage(jobs))
-        except EngineFault as error:
-            yield b"data: " + json.dumps(protocol.fault(str(error), "server_error")).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
     # ---- How --------------------------------------------------------------------------------------------------------
 
     def guarded(self, handler: Callable[[dict[str, Any], Request], Awaitable[Response]]) -> Callable[..., Any]:
@@ -363,7 +315,6 @@ class Service:
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
-        assert self.tokenizer is not None
         return Vocabulary(self.tokenizer, self.model.config.text.vocab, self.model.config.stops)
 
     def _picture(self, url: str) -> Any:
@@ -394,9 +345,3 @@ async def _gone(request: Request) -> None:
     """Returns when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _usage(jobs: list[Job]) -> dict[str, int]:
-    """Each prompt counts once, however many answers it has."""
-    prompts = {id(job.request.prompt): len(job.request.prompt.tokens) for job in jobs}
-    return protocol.usage(sum(prompts.values()), sum(len(job.answer.tokens) for job in jobs))

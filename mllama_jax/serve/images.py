@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Collection
 from urllib.parse import urljoin, urlsplit
@@ -104,27 +106,31 @@ def public_address(host: str, port: int) -> str:
 
 
 def _get(host: str, port: int, path: str, secure: bool, deadline: float) -> bytes | str:
-    """The content, or where it has gone."""
-    address = public_address(host, port)
-    raw = socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.01))
+    """The content, or where it has gone. Hung up at the deadline, however slowly the other side talks."""
+    address, left = public_address(host, port), max(deadline - time.monotonic(), 0.01)
     connection = http.client.HTTPConnection(host, port)
-    try:
-        connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
-        connection.request("GET", path, headers={"Accept": ", ".join(TYPES)})
-        answer = connection.getresponse()
-        if answer.status in (301, 302, 303, 307, 308):
-            return answer.getheader("Location") or ""
-        if answer.status != 200:
-            raise InputError(f"image_url: {host}: expected status 200, got {answer.status}")
-        content = bytearray()
-        while piece := answer.read1(2**16):
-            content += piece
-            if len(content) > MAX_BYTES:
-                raise InputError(f"image_url: {host}: at most {MAX_BYTES} bytes, got more")
-            if time.monotonic() > deadline:
-                raise InputError(f"image_url: {host}: took more than {SECONDS:.0f} s")
-            raw.settimeout(max(deadline - time.monotonic(), 0.01))
-        return bytes(content)
-    finally:
-        connection.close()
-        raw.close()
+    with socket.create_connection((address, port), timeout=left) as raw, raw.dup() as line:
+        hanging_up = threading.Timer(left, _hang_up, (line,))
+        hanging_up.start()
+        try:
+            connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
+            connection.request("GET", path, headers={"Accept": ", ".join(TYPES)})
+            answer = connection.getresponse()
+            if answer.status in (301, 302, 303, 307, 308):
+                return answer.getheader("Location") or ""
+            if answer.status != 200:
+                raise InputError(f"image_url: {host}: expected status 200, got {answer.status}")
+            content = answer.read(MAX_BYTES + 1)
+        finally:
+            hanging_up.cancel()
+            connection.close()
+    if len(content) > MAX_BYTES:
+        raise InputError(f"image_url: {host}: at most {MAX_BYTES} bytes, got more")
+    if time.monotonic() >= deadline:  # what came may be cut off
+        raise TimeoutError(f"took more than {SECONDS:.0f} s")
+    return content
+
+
+def _hang_up(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable, Iterator
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+
+from mllama_jax.generate.engine import Engine
 from mllama_jax.serve.worker import Worker
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class _Caches:
+    """What the engine counts of its caches."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        for name, text in (
+            ("prefix_cache_queries", "Prompt tokens of admitted requests."),
+            ("prefix_cache_hits", "Those that a slot had read already."),
+            ("image_cache_queries", "Pictures of admitted requests."),
+            ("image_cache_hits", "Those whose keys and values a slot held already."),
+        ):
+            yield CounterMetricFamily(f"mllama_{name}", text, value=self.engine.counts[name])
 
 
 class Metrics:
@@ -17,7 +37,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         engine = worker.engine
 
-        def gauge(name: str, text: str, value) -> None:
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
             Gauge(f"mllama_{name}", text, registry=registry).set_function(value)
 
         def running() -> int:
@@ -26,13 +46,7 @@ class Metrics:
         gauge("num_requests_running", "Requests that have a slot.", running)
         gauge("num_requests_waiting", "Requests that wait for a slot.", lambda: len(engine.waiting))
         gauge("kv_cache_usage_perc", "Share of the slots' positions that hold something.", engine.fullness)
-        for name, text in (
-            ("prefix_cache_queries", "Prompt tokens of admitted requests."),
-            ("prefix_cache_hits", "Those that a slot had read already."),
-            ("image_cache_queries", "Pictures of admitted requests."),
-            ("image_cache_hits", "Those whose keys and values a slot held already."),
-        ):
-            gauge(f"{name}_total", text, lambda name=name: engine.counts[name])
+        registry.register(_Caches(engine))
         self.prompt_tokens = Counter("mllama_prompt_tokens", "Prompt tokens of answered requests.", registry=registry)
         self.generation_tokens = Counter("mllama_generation_tokens", "Tokens that were made.", registry=registry)
         self.finished = Counter("mllama_request_success", "Answers that ended.", ["finished_reason"], registry=registry)

@@ -1,20 +1,17 @@
-"""OpenAI's requests and answers: what is asked, checked field by field, and what is told, as JSON."""
+"""OpenAI's requests: what is asked, checked field by field; and how a fault is told."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from mllama_jax.errors import InputError
-from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.processing.tokenizer import Tokenizer
 
 MAX_IMAGES = 8  # in one request
 _SAMPLING = {  # fields that are passed on as they are
@@ -175,14 +172,15 @@ def _conversation(messages: Any, picture: Callable[[str], Image.Image]) -> list[
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InputError(f"messages[{i}]: expected an object, got {type(message).__name__}")
-        message = {name: value for name, value in message.items() if name != "refusal"}
+        message = {name: value for name, value in message.items() if name != "refusal" and value is not None}
         if isinstance(content := message.get("content"), list):
             images += sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content)
             if images > MAX_IMAGES:
                 raise InputError(f"messages: at most {MAX_IMAGES} pictures in a request, got more")
             message["content"] = [_part(part, f"messages[{i}].content[{j}]", picture) for j, part in enumerate(content)]
         if "tool_calls" in message:
-            message["tool_calls"] = [_call(call, f"messages[{i}].tool_calls") for call in message["tool_calls"]]
+            calls = _typed(message, "tool_calls", list, [])
+            message["tool_calls"] = [_call(call, f"messages[{i}].tool_calls") for call in calls]
         made.append(message)
     return made
 
@@ -208,58 +206,6 @@ def _call(call: Any, where: str) -> Any:
         return dict(call) | {"function": function}
     except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{where}: expected a function with a name and arguments in JSON") from None
-
-
-# ---- Answers ------------------------------------------------------------------------------------------------------
-
-
-def header(kind: str, model: str) -> dict[str, Any]:
-    """What every object of an answer begins with."""
-    short = "chatcmpl" if kind.startswith("chat") else "cmpl"
-    return {"id": f"{short}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
-
-
-def tool_calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls in an answer as Llama 3.2's template asks for them: one object of name and parameters; None if it is
-    none."""
-    try:
-        found = json.loads(text.removeprefix("<|python_tag|>").strip())
-        name, arguments = found["name"], found.get("parameters", found.get("arguments"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}]
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def chat_logprobs(answer: Answer, tokenizer: Tokenizer, start: int, end: int) -> dict[str, Any]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        raw = tokenizer.token_bytes(token, skip_specials=False)
-        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
-
-    return {
-        "content": [
-            one(answer.tokens[i], answer.logprobs[i])
-            | {"top_logprobs": [one(*each) for each in answer.top_logprobs[i].items()]}
-            for i in range(start, end)
-        ]
-    }
-
-
-def text_logprobs(answer: Answer, tokenizer: Tokenizer, start: int, end: int) -> dict[str, Any]:
-    def text(token: int) -> str:
-        return tokenizer.token_bytes(token, skip_specials=False).decode(errors="replace")
-
-    return {
-        "tokens": [text(token) for token in answer.tokens[start:end]],
-        "token_logprobs": answer.logprobs[start:end],
-        "top_logprobs": [{text(t): p for t, p in tops.items()} for tops in answer.top_logprobs[start:end]],
-    }
 
 
 def fault(message: str, kind: str, code: str | None = None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
@@ -30,14 +29,10 @@ class Piece:
 
 
 class Worker:
-    """Runs `Engine.step` while there is something to do. The engine is touched by its thread alone.
+    """Runs `Engine.step` while there is something to do. The engine is touched by its thread alone."""
 
-    Args:
-        heard: is called on the thread after each step with the seconds that it took.
-    """
-
-    def __init__(self, engine: Engine, heard: Callable[[float], None] = lambda seconds: None):
-        self.engine, self.heard = engine, heard
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self._orders: deque[Callable[[], None]] = deque()
         self._listeners: dict[Request, Callable[[Piece | EngineFault], None]] = {}
         self._awake, self._stopping, self._failed = threading.Event(), False, 0
@@ -97,7 +92,6 @@ class Worker:
                 self._step()
 
     def _step(self) -> None:
-        start = time.monotonic()
         try:
             for request, text in self.engine.step():
                 if listen := self._listeners.get(request):
@@ -108,7 +102,6 @@ class Worker:
             log.exception("a step failed, %d in a row", self._failed)
             if self._failed >= ATTEMPTS:
                 self._blame()
-        self.heard(time.monotonic() - start)
 
     def _blame(self) -> None:
         """Give up the request that came last, so that those before it may go on."""
