@@ -43,8 +43,10 @@ class History:
         self.last = time.monotonic()
         self.bar = tqdm(total=self.recipe.steps, initial=self.begun, unit="step", desc=str(self.out), disable=None)
         if self.first:
-            self.file = open(self.out / FILE, "w", buffering=1)
-            self.file.writelines(json.dumps(line) + "\n" for line in self.steps)
+            unfinished = (self.out / FILE).with_suffix(".unfinished")
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.steps))
+            unfinished.replace(self.out / FILE)
+            self.file = open(self.out / FILE, "a", buffering=1)
             self.events = SummaryWriter(str(self.out / "events"), purge_step=self.begun + 1 if self.begun else None)
         return self
 
