@@ -7,12 +7,15 @@ import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.generate import decode
@@ -126,13 +129,27 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=self.rules.sharding(*names))
 
 
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's cache of compiled programs, which cannot read those of absent devices and writes no dump."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # it asks once whether it is enabled
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
+
+
 def compile_program(lowered: jax.stages.Lowered) -> Compiled:
     """Compile for the devices that a program was lowered for. Raises DoesNotFit."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as dump:  # `as_text` fails on large programs and on TPU7x (libtpu 0.0.52)
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            compiled = lowered.compile(compiler_options=options)
+            with _uncached():
+                compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if needed := re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error)):
                 raise DoesNotFit(float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]) from None

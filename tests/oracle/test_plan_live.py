@@ -6,10 +6,12 @@ import functools
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mllama_jax.config import PRESETS
 from mllama_jax.sharding.fit_table import extrapolated, shallow
@@ -22,6 +24,7 @@ from mllama_jax.sharding.roofline import temporaries
 
 MODEL = PRESETS["90b-instruct"]
 SERVED = Workload(slots=8, context=8192, images=1)
+MINIMUM = "jax_persistent_cache_min_compile_time_secs"
 LONG = Workload(slots=1, context=131072, images=1)
 
 
@@ -91,6 +94,22 @@ def test_131072_tokens_with_a_picture_fit(name: str, quantize: str | None) -> No
     assert made.source == "compiler"
     assert made.fits
     assert made.largest_slots >= 1
+
+
+def test_a_cache_of_compiled_programs_is_left_alone(tmp_path: Path) -> None:
+    was = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", MINIMUM)}
+    programs = programs_on(shallow(MODEL, 4), topology("v6e:2x4"), "serve")
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update(MINIMUM, 0)
+        reset_cache()
+        first, second = (compile_program(programs.decode(SERVED)) for _ in range(2))
+    finally:
+        for name, value in was.items():
+            jax.config.update(name, value)
+        reset_cache()
+    assert first.temporaries == second.temporaries
+    assert not list(tmp_path.iterdir())
 
 
 def test_depth_extrapolates() -> None:
