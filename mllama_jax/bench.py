@@ -202,15 +202,14 @@ class Bench:
         import jax.numpy as jnp
 
         from mllama_jax.generate import decode
-        from mllama_jax.model.cache import CrossCache, KVCache
+        from mllama_jax.model.cache import CrossCache
 
         text, vision = self.model.config.text, self.model.config.vision
         cache = jax.tree.map(normal, decode.new_cache(self.model, rows, context))
         cross = None
         if pictures and vision is not None:
-            shape = (rows, text.kv_heads, vision.max_tiles * vision.padded_tokens, text.head_dim)
-            one = jax.ShapeDtypeStruct(shape, self.model.dtype)
-            layers = tuple(KVCache(normal(one), normal(one)) for _ in text.cross_layers)
+            one = jax.eval_shape(lambda: self.model.empty_layer(rows, vision.max_tiles * vision.padded_tokens))
+            layers = tuple(jax.tree.map(normal, one) for _ in text.cross_layers)
             spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (rows, vision.max_tiles, 2))
             cross = CrossCache(layers, spans, vision.tokens)
         weights = self._decode_weights(cross is not None)
@@ -229,7 +228,7 @@ class Bench:
 
         keys = context * len(text.self_layers)
         if cross is not None:
-            keys += cross.layers[0].k.shape[2] * len(text.cross_layers)
+            keys += cross.layers[0].length * len(text.cross_layers)
         size = sum(leaf.size for leaf in jax.tree.leaves(weights))
         read = nbytes(weights) + nbytes(cache) + nbytes(cross)
         return dispatch, Floor(read, 2 * rows * size, 4 * rows * text.heads * text.head_dim * keys)

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
         command.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's kernels in int8")
+        command.add_argument("--cache", choices=QUANTIZATIONS, help="keep the keys and values of what was read in int8")
     for command in (generate, chat):
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
@@ -157,9 +158,9 @@ def load_model(args: argparse.Namespace) -> Mllama:
         preset = args.preset or ("serve" if jax.process_count() > 1 else None)
     with stage(f"loading {args.model}"):
         if preset is None:
-            return load(args.model, dtype=args.dtype, quantize=args.quantize)
+            return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache)
         mesh = preset_mesh(args.model, preset)
-        return load(args.model, dtype=args.dtype, quantize=args.quantize, mesh=mesh, rules=preset)
+        return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache, mesh=mesh, rules=preset)
 
 
 def join(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.attention import attention_weights, largest_divisor
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 CHUNK = 2048  # tokens of a prompt read at once
@@ -131,7 +131,7 @@ def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array,
     """Tokens [B, T] with their positions and an empty cache for all of them."""
     rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    cache = model.empty_cache(rows, length)
     return tokens, positions, tuple(dataclasses.replace(layer, fresh=True) for layer in cache)
 
 
@@ -169,8 +169,7 @@ def following(
 @functools.partial(jax.jit, static_argnames=("model", "rows", "length"))
 def new_cache(model: MllamaModel, rows: int, length: int) -> tuple[KVCache, ...]:
     """An empty cache of so many rows and positions, in its place on the mesh."""
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
-    return jax.tree.map(lambda x: model.constrain(x, *KVCache.axes), cache)
+    return tuple(layer.placed(model.constrain) for layer in model.empty_cache(rows, length))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="cache")
@@ -238,7 +237,7 @@ def decode(
     def step(carry: tuple) -> tuple:
         i, state, block = carry
         x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-        position = jnp.minimum(state.position + 1, cache[0].k.shape[2] - 1)  # a row that is done stays inside
+        position = jnp.minimum(state.position + 1, cache[0].length - 1)  # a row that is done stays inside
         state, made = choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 
