@@ -14,7 +14,7 @@ from mllama_jax.model.adapter import Projector
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.decoder import Decoder
 from mllama_jax.model.layers import Constrain, Remat, keep_all, unconstrained
-from mllama_jax.model.quantize import quantize_parameters
+from mllama_jax.model.quantize import Int8, quantize_parameters
 from mllama_jax.model.vision import VisionEncoder
 
 Params = dict[str, Any]
@@ -53,8 +53,13 @@ class MllamaModel(nn.Module):
     def empty_layer(self, rows: int, length: int) -> KVCache:
         """No keys and values yet, [rows, K, length, H] of each."""
         shape = (rows, self.config.text.kv_heads, length, self.config.text.head_dim)
-        layer = KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-        return layer.quantized() if self.cache else layer
+
+        def nothing() -> jax.Array | Int8:
+            return (
+                Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1])) if self.cache else jnp.zeros(shape, self.dtype)
+            )
+
+        return KVCache(nothing(), nothing())
 
     @nn.nowrap
     def empty_cache(self, rows: int, length: int) -> tuple[KVCache, ...]:
