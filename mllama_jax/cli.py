@@ -61,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("question", help="what to ask")
     generate.add_argument("--image", type=Path, default=[], action="append", help="a picture; may be given again")
     generate.add_argument("--look", type=Path, metavar="FILE.png", help="draw where each word of the answer looked")
+    generate.add_argument(
+        "--lookup", type=int, default=0, metavar="K", help="guess K tokens at once from what is written; same answers"
+    )
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
@@ -197,13 +200,13 @@ def _generate(args: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
-        completion = model.generate([conversation], **sampling)[0]
+        completion = model.generate([conversation], lookup=args.lookup, **sampling)[0]
         seconds = round(time.monotonic() - start, 3)
         report = {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
         print(json.dumps(report))
         answer = completion.text
     else:
-        pieces = model.stream(conversation, **sampling)
+        pieces = model.stream(conversation, lookup=args.lookup, **sampling)
         with stage("reading the prompt (compiles on first use)"):
             answer = next(pieces, "")
         print(answer, end="", flush=True)

@@ -72,7 +72,7 @@ def read(
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
     caches = dataclasses.replace(caches, text=jax.tree.map(put, caches.text, text))
     state = State((), made, made, made, jnp.zeros(1, bool), counts)
-    return caches, choose(model, params, x[:, end], state, settings, top)[1]
+    return caches, choose(call(model, params, "logits", x[:, end]), state, settings, top)[1]
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
