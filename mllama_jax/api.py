@@ -24,6 +24,7 @@ from mllama_jax.generate.batch import Rows, bucket, make_rows
 from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
 from mllama_jax.generate.decoding import blocks
+from mllama_jax.generate.lookup import AT_MOST
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.look import Look, view, words_of
 from mllama_jax.model.cache import CrossCache
@@ -129,6 +130,7 @@ class Mllama:
         params: Sequence[SamplingParams] | None = None,
         *,
         tools: Tools | None = None,
+        lookup: int = 0,
         **settings: Any,
     ) -> list[Completion]:
         """Answer conversations: lists of {"role", "content"} with parts {"type": "text" | "image", ...}.
@@ -136,6 +138,8 @@ class Mllama:
         Args:
             params: the settings of each conversation; or give `settings` for all, as in `SamplingParams`.
             tools: JSON schemas of functions that the model may call, for its chat template.
+            lookup: how many tokens to guess at once from what is written already, 0 for none: faster where answers
+                repeat the prompt or themselves. They are the same, sampled or not, up to the rounding of other shapes.
 
         Returns:
             the answers in order, `n` of them for each conversation.
@@ -152,27 +156,30 @@ class Mllama:
             raise InputError("params must be a list, one SamplingParams for each conversation")
         if len(params) != len(conversations):
             raise InputError(f"params must be as many as conversations, got {len(params)} and {len(conversations)}")
-        return self.complete([self.prompt(conversation, tools) for conversation in conversations], params)
+        return self.complete([self.prompt(conversation, tools) for conversation in conversations], params, lookup)
 
-    def complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], lookup: int = 0
+    ) -> list[Completion]:
         """As `generate`, of conversations that `prompt` has read, or prompts of one's own."""
         each = [(prompt, one) for prompt, all_n in zip(prompts, params, strict=True) for one in all_n.each()]
-        answers = self._answers([prompt for prompt, _ in each], [one for _, one in each], self._tokenizer())
+        own_prompts, own_params = [prompt for prompt, _ in each], [one for _, one in each]
+        answers = self._answers(own_prompts, own_params, self._tokenizer(), _checked_lookup(lookup))
         return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
 
     def stream(
-        self, conversation: Conversation, *, tools: Tools | None = None, **settings: Any
+        self, conversation: Conversation, *, tools: Tools | None = None, lookup: int = 0, **settings: Any
     ) -> Generator[str, None, None]:
         """Answer one conversation piece by piece; a piece never ends inside a character or a stop text.
 
-        Closing the iterator ends the work.
+        Closing the iterator ends the work. `lookup` as in `generate`.
         """
         params, prompt = SamplingParams.of(settings), self.prompt(conversation, tools)
         if params.n != 1:
             raise InputError(f"n must be 1 to stream, got {params.n}")
         (answer,) = self._start([params], self._tokenizer())
-        blocks = self._blocks([prompt], [answer])
-        return (piece for block, columns in blocks if (piece := answer.push(block, 0, columns)))
+        blocks = self._blocks([prompt], [answer], _checked_lookup(lookup))
+        return (piece for block, (columns, *_) in blocks if (piece := answer.push(block, 0, columns)))
 
     def chat(self, *, tools: Tools | None = None) -> Chat:
         """A conversation of several turns that keeps its caches."""
@@ -257,13 +264,17 @@ class Mllama:
         return rows, decode.keys_values(self.model, self.params, features, rows.tiles, rows.spans)
 
     def _answers(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], tokenizer: Tokenizer | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        tokenizer: Tokenizer | None = None,
+        lookup: int = 0,
     ) -> list[Answer]:
         """Each prompt's finished answer; text only with a tokenizer."""
         answers = self._start(params, tokenizer)
-        for block, columns in self._blocks(prompts, answers):
+        for block, columns in self._blocks(prompts, answers, lookup):
             for row, answer in enumerate(answers):
-                answer.push(block, row, columns)
+                answer.push(block, row, columns[row])
         return answers
 
     def _start(self, params: Sequence[SamplingParams], tokenizer: Tokenizer | None) -> list[Answer]:
@@ -273,21 +284,23 @@ class Mllama:
             Answer(each, self.config.stops if each.stop_ids is None else each.stop_ids, tokenizer) for each in params
         ]
 
-    def _blocks(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Iterator[tuple[Made, int]]:
-        """Blocks of new tokens on the host and how many of their columns were made, until every answer has ended."""
+    def _blocks(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], lookup: int
+    ) -> Iterator[tuple[Made, Sequence[int]]]:
+        """Blocks of new tokens on the host and how many columns each row made of them, until all have ended."""
         limits = [answer.params.max_new_tokens for answer in answers]
         tokens = [prompt.tokens for prompt in prompts]
         spare = self._up(len(tokens), "batch") - len(tokens)
         rows, cross = self._prepare(tokens, [prompt.images for prompt in prompts], [*limits, *[1] * spare])
         idle = [Answer(SamplingParams(max_new_tokens=1), (), None) for _ in range(spare)]
-        length = bucket(rows.tokens.shape[1] + max(limits), 64)
+        length = bucket(rows.tokens.shape[1] + max(limits) + lookup, 64)
         cache = decode.new_cache(self.model, len(rows.tokens), length)
         everyone, texts = [*answers, *idle], [*tokens, *[[]] * spare]
         for block, columns in blocks(
-            self.model, self.params, everyone, texts, (rows.tokens, rows.lengths), cache, cross
+            self.model, self.params, everyone, texts, (rows.tokens, rows.lengths), cache, cross, lookup
         ):
             for row, answer in enumerate(idle, start=len(tokens)):
-                answer.push(block, row, columns)
+                answer.push(block, row, columns[row])
             yield block, columns
 
     def _up(self, n: int, axis: str) -> int:
@@ -297,6 +310,12 @@ class Mllama:
 
 def _shows(parts: Sequence[Any]) -> bool:
     return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def _checked_lookup(lookup: int) -> int:
+    if isinstance(lookup, bool) or not isinstance(lookup, int) or not 0 <= lookup <= AT_MOST:
+        raise InputError(f"lookup must be an integer from 0 to {AT_MOST}, got {lookup!r}")
+    return lookup
 
 
 def _check_list(name: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from mllama_jax.demo import ask, questions
 from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.attention import attention, attention_weights
+from mllama_jax.model.quantize import Int8
 from mllama_jax.processes import versions
 from mllama_jax.sharding.fit_table import shallow
 from mllama_jax.sharding.mesh import Topology, make_mesh, topology_of
@@ -164,6 +165,12 @@ def attentions() -> Iterator[Finding]:
             ours = jax.jit(attention, static_argnums=4)(*halves, last, visible).astype(jnp.float32)
             error = float(jnp.abs(ours - plain).max() / jnp.abs(plain).max())
             yield Finding(f"{dtype} attention, {use}: error beside the largest value", error, limit)
+        if use == "decode":
+            small = [Int8.of(x) for x in (k, v)]
+            whole = [x.widen(jnp.dtype("float32")) for x in small]
+            same, ours = (jax.jit(attention, static_argnums=4)(q, *each, last, visible) for each in (whole, small))
+            error = float(jnp.abs(ours - same).max() / jnp.abs(same).max())
+            yield Finding("float32 attention, int8 cache: error beside the largest value", error, LIMITS["float32"])
 
 
 def collectives() -> Iterator[Finding]:

@@ -61,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("question", help="what to ask")
     generate.add_argument("--image", type=Path, default=[], action="append", help="a picture; may be given again")
     generate.add_argument("--look", type=Path, metavar="FILE.png", help="draw where each word of the answer looked")
+    generate.add_argument(
+        "--lookup", type=int, default=0, metavar="K", help="guess K tokens at once from what is written; same answers"
+    )
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
@@ -71,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
         command.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's kernels in int8")
+        command.add_argument("--cache", choices=QUANTIZATIONS, help="keep the keys and values of what was read in int8")
     for command in (generate, chat):
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
@@ -157,9 +161,9 @@ def load_model(args: argparse.Namespace) -> Mllama:
         preset = args.preset or ("serve" if jax.process_count() > 1 else None)
     with stage(f"loading {args.model}"):
         if preset is None:
-            return load(args.model, dtype=args.dtype, quantize=args.quantize)
+            return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache)
         mesh = preset_mesh(args.model, preset)
-        return load(args.model, dtype=args.dtype, quantize=args.quantize, mesh=mesh, rules=preset)
+        return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache, mesh=mesh, rules=preset)
 
 
 def join(args: argparse.Namespace) -> None:
@@ -196,13 +200,13 @@ def _generate(args: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
-        completion = model.generate([conversation], **sampling)[0]
+        completion = model.generate([conversation], lookup=args.lookup, **sampling)[0]
         seconds = round(time.monotonic() - start, 3)
         report = {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
         print(json.dumps(report))
         answer = completion.text
     else:
-        pieces = model.stream(conversation, **sampling)
+        pieces = model.stream(conversation, lookup=args.lookup, **sampling)
         with stage("reading the prompt (compiles on first use)"):
             answer = next(pieces, "")
         print(answer, end="", flush=True)

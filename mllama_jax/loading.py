@@ -43,6 +43,7 @@ def load(
     mesh: Mesh | None = None,
     rules: str | Mapping[str, MeshAxes] = "serve",
     quantize: str | None = None,
+    cache: str | None = None,
     verify: bool = False,
     trained: Callable[[tuple[str, ...]], bool] = lambda path: False,
 ) -> Mllama:
@@ -58,6 +59,8 @@ def load(
             processes (see `mllama_jax.processes`) must all give the same of everything here, which is checked.
         quantize: "int8" keeps the decoder's kernels in int8, one scale an output, and quantises activations token by
             token; half the memory and less to read for each token. A checkpoint that is stored so stays so.
+        cache: "int8" keeps the keys and values of text and pictures in int8, one scale for each position and key/value
+            head: room for nearly twice the rows or positions, and less to read for each token of long ones.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
         trained: which parameters, by their paths, are float32 whatever `dtype` the model computes in.
 
@@ -66,21 +69,23 @@ def load(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if quantize not in (None, *QUANTIZATIONS):
-        raise InputError(f"quantize must be {' or '.join(QUANTIZATIONS)} or None, got {quantize!r}")
+    for name, value in (("quantize", quantize), ("cache", cache)):
+        if value not in (None, *QUANTIZATIONS):
+            raise InputError(f"{name} must be {' or '.join(QUANTIZATIONS)} or None, got {value!r}")
     checkpoint = open_checkpoint(path)
     if verify and checkpoint.layout != "orbax":
         raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
     if verify:
         check(path)
     config = read_config(checkpoint)
-    agree(_facts(config, {"dtype": dtype, "quantize": quantize, "rules": rules, "mesh": mesh and dict(mesh.shape)}))
+    settings = {"dtype": dtype, "quantize": quantize, "cache": cache, "rules": rules}
+    agree(_facts(config, settings | {"mesh": mesh and dict(mesh.shape)}))
     with _small_files(checkpoint) as directory:
         tokenizer, template = _tokenizer(directory, config), load_template(directory)
     constrain = unconstrained
     if mesh is not None:
         constrain = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
-    model = MllamaModel(config, jnp.dtype(dtype), constrain)
+    model = MllamaModel(config, jnp.dtype(dtype), constrain, cache=cache)
     stored = parameters(checkpoint, config)
     made = quantize is not None and not checkpoint.quantized
     whole = _wanted(model, None if made else checkpoint.quantized, trained)

@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--context", type=int, default=8192, help="positions of a row")
     parser.add_argument("--images", type=int, default=1, help="pictures of a row, of all tiles each")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of the decoder's weights (default: bfloat16)")
+    parser.add_argument("--cache", choices=QUANTIZATIONS, help="of keys and values (default: bfloat16)")
     parser.add_argument(
         "--preset", help="serve (default), long-context, evaluate, fsdp (default of --train), fsdp+tensor"
     )
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         preset=args.preset or "serve",
         group=args.group,
         quantize=args.quantize,
+        cache=args.cache,
         compiled=False if args.arithmetic else None,
     )
     if args.plot is not None:
@@ -79,9 +81,10 @@ def run(args: argparse.Namespace) -> None:
 def _run_training(args: argparse.Namespace, place: Topology, load: Workload) -> None:
     from mllama_jax.train.plan import train_plan
 
-    if args.arithmetic or args.plot is not None or args.quantize is not None:
+    if args.arithmetic or args.plot is not None or args.quantize is not None or args.cache is not None:
         raise InputError(
-            "--train asks the compiler of whole weights and draws nothing; leave --arithmetic, --plot, --quantize out"
+            "--train asks the compiler of whole weights, has no caches and draws nothing; leave --arithmetic, --plot, "
+            "--quantize, --cache out"
         )
     made = train_plan(config_of(args.model), place, load, args.train, args.preset or "fsdp", args.group)
     print(json.dumps(dataclasses.asdict(made)) if args.json else training_text(args.model, made))
@@ -124,8 +127,8 @@ def text(model: str, plan: Plan) -> str:
     asked = "the TPU's compiler" if plan.source == "compiler" else "arithmetic, nothing was compiled"
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
-        f"{model}, {plan.quantize or 'bfloat16'}, on {plan.topology} ({plan.cloud}): {plan.chips} chips, "
-        f"{plan.devices} devices",
+        f"{model}, {plan.quantize or 'bfloat16'}, caches {plan.cache or 'bfloat16'}, on {plan.topology} "
+        f"({plan.cloud}): {plan.chips} chips, {plan.devices} devices",
         f"preset {plan.preset}: {axes}; {plan.load.slots} rows of {plan.load.context} positions, "
         f"{plan.load.images} pictures each; by {asked}",
         "",

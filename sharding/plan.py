@@ -54,6 +54,7 @@ class Plan:
     devices: int
     preset: str
     quantize: str | None
+    cache: str | None
     mesh: dict[str, int]
     load: Workload
     source: str
@@ -79,6 +80,7 @@ def plan(
     preset: str = "serve",
     group: int | None = None,
     quantize: str | None = None,
+    cache: str | None = None,
     compiled: bool | None = None,
     decode: tuple[int, int] | None = None,
 ) -> Plan:
@@ -86,7 +88,7 @@ def plan(
 
     Args:
         group: how many devices share a row (see `rules.mesh_axes`); `evaluate` takes as few as hold the weights.
-        quantize: as `load` takes it.
+        quantize, cache: as `load` takes them.
         compiled: ask the compiler; by default where there is one for this chip.
         decode: bytes of temporaries and code of the decode step, where they are known and all else is by arithmetic.
 
@@ -95,7 +97,7 @@ def plan(
     """
     if compiled is None:
         compiled = topology.chip.platform == "tpu" and has_compiler()
-    programs = programs_on(config, topology, preset, group, quantize, abstract=not compiled)
+    programs = programs_on(config, topology, preset, group, quantize, cache, abstract=not compiled)
     _check_load(programs, load)
     found = _compile(programs, load) if compiled else _estimate(programs, load)
     if decode is not None:
@@ -114,6 +116,7 @@ def plan(
         devices=topology.devices,
         preset=preset,
         quantize=quantize,
+        cache=cache,
         mesh=dict(programs.rules.mesh.shape),
         load=load,
         source="compiler" if compiled else "arithmetic",
@@ -128,7 +131,7 @@ def plan(
         floor=limits,
         binds=limits.binds,
         tokens_per_second=load.slots / limits.seconds,
-        nearest=None if fits else _nearest(config, topology, load, preset, quantize),
+        nearest=None if fits else _nearest(config, topology, load, preset, quantize, cache),
     )
 
 
@@ -138,6 +141,7 @@ def programs_on(
     preset: str,
     group: int | None = None,
     quantize: str | None = None,
+    cache: str | None = None,
     *,
     abstract: bool = False,
 ) -> Programs:
@@ -154,7 +158,7 @@ def programs_on(
         mesh: Mesh | AbstractMesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
     else:
         mesh = make_mesh(axes, topology.compile_devices())
-    return Programs(config, preset_rules(preset, config, mesh), quantize=quantize)
+    return Programs(config, preset_rules(preset, config, mesh), quantize=quantize, cache=cache)
 
 
 def largest_slots(programs: Programs, load: Workload, usable: int, found: dict[str, ProgramPlan]) -> int:
@@ -237,7 +241,9 @@ def _smallest_group(config: MllamaConfig, topology: Topology, quantize: str | No
     return groups[-1]
 
 
-def _nearest(config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None) -> str | None:
+def _nearest(
+    config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None, cache: str | None
+) -> str | None:
     """The smallest slice that fits, of the same chips if any, by arithmetic."""
     others = [chip for chip in CHIPS.values() if chip.platform == topology.chip.platform and chip != topology.chip]
     for chips in ([topology.chip], others):
@@ -246,16 +252,18 @@ def _nearest(config: MllamaConfig, topology: Topology, load: Workload, preset: s
             if candidate == topology:
                 continue
             try:
-                if plan_fits(config, candidate, load, preset, quantize):
+                if plan_fits(config, candidate, load, preset, quantize, cache):
                     return candidate.name
             except InputError:  # the preset cannot be spread over so many devices, or the slots not divided
                 continue
     return None
 
 
-def plan_fits(config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None) -> bool:
+def plan_fits(
+    config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None, cache: str | None
+) -> bool:
     """Whether arithmetic says that `load` fits."""
-    programs = programs_on(config, topology, preset, quantize=quantize, abstract=True)
+    programs = programs_on(config, topology, preset, quantize=quantize, cache=cache, abstract=True)
     _check_load(programs, load)
     most = max(temporaries(programs, load).values())
     return device_bytes(programs.params) + sum(_caches(programs, load)) + most <= topology.chip.hbm

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from mllama_jax.config import MllamaConfig
 from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.sharding.hlo import Collective, Program
 from mllama_jax.sharding.resolve import check_axis, resolve
@@ -68,9 +68,16 @@ class DoesNotFit(Exception):
 class Programs:
     """A model's programs under `rules`, in abstract arrays."""
 
-    def __init__(self, config: MllamaConfig, rules: Rules, dtype: str = "bfloat16", quantize: str | None = None):
+    def __init__(
+        self,
+        config: MllamaConfig,
+        rules: Rules,
+        dtype: str = "bfloat16",
+        quantize: str | None = None,
+        cache: str | None = None,
+    ):
         self.config, self.rules = config, rules
-        self.model = MllamaModel(config, jnp.dtype(dtype), rules)
+        self.model = MllamaModel(config, jnp.dtype(dtype), rules, cache=cache)
         self.params = resolve(config, rules, jnp.dtype(dtype), quantize)
 
     def decode(self, load: Workload) -> jax.stages.Lowered:
@@ -103,18 +110,20 @@ class Programs:
         return decode.encode.lower(self.model, self.params, pixels, self._array((images,), jnp.int32, "images"))
 
     def cache(self, rows: int, length: int) -> tuple[KVCache, ...]:
-        shapes = jax.eval_shape(lambda: empty_cache(self.config.text, rows, length, self.model.dtype))
-        return jax.tree.map(lambda x: self._array(x.shape, x.dtype, *KVCache.axes), shapes)
+        return tuple(self._layer(rows, length, "cache") for _ in self.config.text.self_layers)
 
     def cross(self, rows: int, images: int) -> CrossCache | None:
         vision, text = self.config.vision, self.config.text
         if vision is None or not images:
             return None
         tiles = images * vision.max_tiles
-        shape = (rows, text.kv_heads, tiles * vision.padded_tokens, text.head_dim)
-        one = self._array(shape, self.model.dtype, "batch", "kv_heads", "image_seq", "head_dim")
-        layers = tuple(KVCache(one, one) for _ in text.cross_layers)
+        layers = tuple(self._layer(rows, tiles * vision.padded_tokens, "image_seq") for _ in text.cross_layers)
         return CrossCache(layers, self._array((rows, tiles, 2), jnp.int32, "batch"), vision.tokens)
+
+    def _layer(self, rows: int, length: int, positions: str) -> KVCache:
+        """A layer's keys and values; `positions` is what these are called on a mesh."""
+        layer = jax.eval_shape(lambda: self.model.empty_layer(rows, length))
+        return layer.placed(lambda x, *names: self._array(x.shape, x.dtype, *names), positions)
 
     def _settings(self, rows: int) -> Settings:
         shapes = jax.eval_shape(

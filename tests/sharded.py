@@ -114,6 +114,17 @@ def quantized(directory: str) -> None:
         print(json.dumps({"mesh": axes, "error": error, "other_scales": other, "tokens": made == tokens}))
 
 
+def cached(directory: str) -> None:
+    """int8 caches on meshes against one device; prints errors, and how far caches in float32 are off."""
+    wanted, tokens = answers(mllama_jax.load(directory, dtype="float32", cache="int8"))
+    whole, _ = answers(mllama_jax.load(directory, dtype="float32"))
+    for rules in ("serve", "long-context"):
+        mesh = make_mesh({"data": 2, "kv": 2, "q": 2}, jax.devices())
+        logits, made = answers(mllama_jax.load(directory, dtype="float32", mesh=mesh, rules=rules, cache="int8"))
+        error, other = (float(np.abs(wanted - each).max()) for each in (logits, whole))
+        print(json.dumps({"rules": rules, "error": error, "float32": other, "tokens": made == tokens}))
+
+
 def refuse(directory: str) -> None:
     """What cannot be placed is refused in one line, before anything is loaded."""
 
@@ -178,6 +189,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, refuse, restore, clean):
+    for task in (compare, quantized, cached, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

@@ -21,7 +21,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["processes"] == 1
-    assert len(report["findings"]) == 15
+    assert len(report["findings"]) == 16
     assert all(each["ok"] for each in report["findings"])
     assert report["decode"]["milliseconds"] > 0
     assert report["decode"]["floor"] is None  # of a CPU the planner knows nothing

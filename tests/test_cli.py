@@ -176,7 +176,7 @@ def test_bench_times_everything_beside_its_name(run: Run, small_directory: Path,
     assert (tmp_path / "b.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("wrong", [("--rows", 0), ("--context", 3), ("--plot", "b.gif")])
+@pytest.mark.parametrize("wrong", [("--rows", 0), ("--context", 3), ("--plot", "b.gif"), ("--mesh", 99)])
 def test_bench_refuses_what_it_cannot_time(run: Run, small_directory: Path, wrong: tuple) -> None:
     code, out, err = run("bench", small_directory, *wrong)
     assert (code, out) == (2, "")

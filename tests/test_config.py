@@ -15,7 +15,6 @@ from mllama_jax import MllamaConfig
 from mllama_jax.config import PRESETS, RopeScaling
 from mllama_jax.convert.export import hf_config
 from mllama_jax.errors import InputError
-from mllama_jax.model.cache import empty_cache
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters, call
 
 COUNTS = {"11b": 10.643, "11b-instruct": 10.670, "90b": 88.593, "90b-instruct": 88.593, "guard-3-11b": 10.670}
@@ -36,7 +35,7 @@ def test_the_90b_traces_at_full_size() -> None:
     def answer(params: dict, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
         features = call(model, params, "encode", pixels, jnp.full(2, 6))
         cross = call(model, params, "keys_values", features, jnp.zeros((2, 4, 2), jnp.int32))
-        cache = empty_cache(config.text, 2, 64, model.dtype)
+        cache = model.empty_cache(2, 64)
         x, _ = call(model, params, "__call__", tokens, jnp.broadcast_to(jnp.arange(32), (2, 32)), cache, cross)
         return call(model, params, "logits", x)
 

@@ -21,7 +21,6 @@ from mllama_jax.generate import decode
 from mllama_jax.generate.batch import bucket
 from mllama_jax.generate.sampling import Settings, kept, sample
 from mllama_jax.model import attention as model_attention
-from mllama_jax.model.cache import empty_cache
 from mllama_jax.processing.chat import ChatTemplate
 
 IMAGE = 768
@@ -104,7 +103,7 @@ def test_a_stop_token_ends_its_row_and_no_other(small: Mllama, picture: Draw) ->
 def prefilled(small: Mllama) -> tuple[decode.State, Settings]:
     settings = settings_of(1, max_new_tokens=4)
     tokens, lengths = jnp.full((1, 16), 5), jnp.array([3])
-    cache = empty_cache(small.config.text, 1, 64, small.model.dtype)
+    cache = small.model.empty_cache(1, 64)
     state, _ = decode.prefill(small.model, small.params, tokens, lengths, cache, None, settings, top=0)
     return state, settings
 

@@ -93,6 +93,18 @@ def test_by_arithmetic() -> None:
     assert made.tokens_per_second == pytest.approx(8 / made.floor.seconds)
 
 
+def test_int8_caches_leave_room_for_more_rows() -> None:
+    """132 bytes for 128 numbers: 1.94 times the rows where caches are most of what is left."""
+    wide, small = planned("90b", "v6e:2x4"), planned("90b", "v6e:2x4", cache="int8")
+    for name in ("self_cache", "image_cache"):
+        assert getattr(small, name) == pytest.approx(getattr(wide, name) * 132 / 256, rel=1e-3)
+    assert (
+        wide.floor.read - small.floor.read == wide.self_cache + wide.image_cache - small.self_cache - small.image_cache
+    )
+    assert small.largest_slots > 1.9 * wide.largest_slots
+    assert planned("90b", "v6e:2x4", small.largest_slots, cache="int8").fits
+
+
 def test_text_alone_reads_no_cross_attention() -> None:
     with_pictures, without = (
         plan(PRESETS["90b"], topology("v6e:2x4"), Workload(8, 8192, images), compiled=False).floor.read

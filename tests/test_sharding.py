@@ -67,6 +67,15 @@ def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> N
         assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
 
 
+def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:
+    """The scales lie where their numbers do, heads and positions split alike."""
+    for line in run(8, "cached", str(spread_directory)).splitlines():
+        found = json.loads(line)
+        assert found["error"] <= 1e-5, found
+        assert found["tokens"], found
+        assert found["float32"] > 1e-3, found
+
+
 def test_our_layout_restores_on_a_mesh(spread_directory: Path) -> None:
     assert run(8, "restore", str(spread_directory)) == "restored\n"
 

@@ -52,6 +52,7 @@ def add_commands(commands: Any) -> None:
             "--dtype", choices=DTYPES, help="bfloat16 (default on accelerators), float32 (default on CPU)"
         )
         command.add_argument("--quantize", choices=QUANTIZATIONS, help=f"keep {whose} kernels in int8")
+        command.add_argument("--cache", choices=QUANTIZATIONS, help=f"keep {whose} keys and values in int8")
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -153,12 +154,13 @@ def _compare(args: argparse.Namespace) -> None:
     use_compilation_cache()
     dtype = args.dtype or default_dtype()
     reference = Reference(Path(args.second)) if args.second.endswith(".npz") else None
-    if reference is not None and args.quantize is not None:
-        raise InputError(f"--quantize: {args.second} is no model; leave it out")
+    for name in ("quantize", "cache"):
+        if reference is not None and getattr(args, name) is not None:
+            raise InputError(f"--{name}: {args.second} is no model; leave it out")
     with stage(f"loading {args.first}"):
         first = load(args.first, dtype=dtype)
     with stage(f"loading {args.second}"):
-        second = reference or load(args.second, dtype=dtype, quantize=args.quantize)
+        second = reference or load(args.second, dtype=dtype, quantize=args.quantize, cache=args.cache)
     found = agreement(first, second, recipe, rows)
     print(json.dumps(dataclasses.asdict(found)) if args.json else text(found))
 
@@ -184,7 +186,7 @@ def _load(args: argparse.Namespace) -> Mllama:
     use_compilation_cache()
     mesh = preset_mesh(args.model, "evaluate", args.group) if jax.device_count() > 1 else None
     with stage(f"loading {args.model}"):
-        return load(args.model, dtype=args.dtype, quantize=args.quantize, mesh=mesh, rules="evaluate")
+        return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache, mesh=mesh, rules="evaluate")
 
 
 def _configuration(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,6 +200,7 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
         "weights": weights_digest(args.model),
         "dtype": args.dtype,
         "quantize": args.quantize,
+        "cache": args.cache,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.attention import attention_weights, largest_divisor
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 CHUNK = 2048  # tokens of a prompt read at once
@@ -131,7 +131,7 @@ def _whole(model: MllamaModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array,
     """Tokens [B, T] with their positions and an empty cache for all of them."""
     rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
+    cache = model.empty_cache(rows, length)
     return tokens, positions, tuple(dataclasses.replace(layer, fresh=True) for layer in cache)
 
 
@@ -169,8 +169,7 @@ def following(
 @functools.partial(jax.jit, static_argnames=("model", "rows", "length"))
 def new_cache(model: MllamaModel, rows: int, length: int) -> tuple[KVCache, ...]:
     """An empty cache of so many rows and positions, in its place on the mesh."""
-    cache = empty_cache(model.config.text, rows, length, model.dtype)
-    return jax.tree.map(lambda x: model.constrain(x, *KVCache.axes), cache)
+    return tuple(layer.placed(model.constrain) for layer in model.empty_cache(rows, length))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="cache")
@@ -210,7 +209,7 @@ def prefill(
     nothing = jnp.zeros_like(lengths)
     counts = None if settings.in_prompt is None else jnp.zeros(settings.in_prompt.shape, jnp.int32)
     state = State(cache, nothing, lengths, nothing, jnp.zeros(len(lengths), bool), counts)
-    return choose(model, params, last, state, settings, top)
+    return choose(call(model, params, "logits", last), state, settings, top)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "top"), donate_argnames="state")
@@ -238,25 +237,28 @@ def decode(
     def step(carry: tuple) -> tuple:
         i, state, block = carry
         x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-        position = jnp.minimum(state.position + 1, cache[0].k.shape[2] - 1)  # a row that is done stays inside
-        state, made = choose(model, params, x[:, 0], state.replace(cache=cache, position=position), settings, top)
+        position = jnp.minimum(state.position + 1, cache[0].length - 1)  # a row that is done stays inside
+        logits = call(model, params, "logits", x[:, 0])
+        state, made = choose(logits, state.replace(cache=cache, position=position), settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 
-    block = Made(
-        token=jnp.zeros((rows, steps), jnp.int32),
-        logprob=jnp.zeros((rows, steps)),
-        top_tokens=jnp.zeros((rows, steps, top), jnp.int32),
-        top_logprobs=jnp.zeros((rows, steps, top)),
-    )
+    block = columns_of(rows, steps, top)
     columns, state, block = jax.lax.while_loop(more, step, (jnp.int32(0), state, block))
     return state, block, columns
 
 
-def choose(
-    model: MllamaModel, params: Params, x: jax.Array, state: State, settings: Settings, top: int
-) -> tuple[State, Made]:
-    """Choose the next token of each row from its hidden state [B, D]."""
-    logits = call(model, params, "logits", x)
+def columns_of(rows: int, columns: int, top: int) -> Made:
+    """A block [rows, columns] in which nothing is made yet."""
+    return Made(
+        token=jnp.zeros((rows, columns), jnp.int32),
+        logprob=jnp.zeros((rows, columns)),
+        top_tokens=jnp.zeros((rows, columns, top), jnp.int32),
+        top_logprobs=jnp.zeros((rows, columns, top)),
+    )
+
+
+def choose(logits: jax.Array, state: State, settings: Settings, top: int) -> tuple[State, Made]:
+    """Choose the next token of each row from its logits float32 [B, V]."""
     token = sample(logits, settings, state.made, state.counts)
     logprobs = jax.nn.log_softmax(logits)
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, top)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from mllama_jax.generate import decode
+from mllama_jax.generate import lookup as guessing
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.decode import STEPS, Made
 from mllama_jax.generate.sampling import Settings
@@ -23,18 +24,27 @@ def blocks(
     rows: tuple[np.ndarray, np.ndarray],
     cache: tuple[KVCache, ...],
     cross: CrossCache | None,
-) -> Iterator[tuple[Made, int]]:
-    """Let answers grow together, one a row: blocks of new tokens on the host, and how many of their columns were made.
+    lookup: int = 0,
+) -> Iterator[tuple[Made, Sequence[int]]]:
+    """Let answers grow together: blocks of new tokens on the host, and how many of their columns each row made.
 
-    `rows` are the prompts as padded tokens int [B, T] and their lengths int [B]; an empty cache is taken. Whoever takes
-    a block pushes it to the answers before asking for the next.
+    `rows` are the prompts as padded tokens int [B, T] and their lengths int [B]; an empty cache is taken. `lookup` is
+    how many tokens to guess at once (see `lookup`), for which the cache has as many positions more. Whoever takes a
+    block pushes it to the answers before asking for the next.
     """
     top = max(answer.params.logprobs for answer in answers)
     settings = Settings.of([each.params for each in answers], prompts, model.config.stops, model.config.text.vocab)
     state, first = decode.prefill(model, params, *rows, cache, cross, settings, top=top)
-    yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), 1
+    yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), [1] * len(answers)
+    written = guessing.begin(rows[0], state, length=state.cache[0].length + lookup + 1) if lookup else None
     while not all(answer.finish_reason for answer in answers):
         ended = np.array([answer.finish_reason is not None for answer in answers])  # by a stop text, which we see
         state = state.replace(done=state.done | ended)
-        state, block, columns = decode.decode(model, params, state, cross, settings, steps=STEPS, top=top)
-        yield decode.on_host(block), int(columns)
+        if written is not None:
+            state, written, block, columns, _ = guessing.decode(
+                model, params, state, written, cross, settings, steps=STEPS, top=top, k=lookup
+            )
+            yield decode.on_host(block), decode.on_host(columns).tolist()
+        else:
+            state, block, columns = decode.decode(model, params, state, cross, settings, steps=STEPS, top=top)
+            yield decode.on_host(block), [int(columns)] * len(answers)

@@ -328,7 +328,7 @@ class Engine:
         assert caches is not None
         token, made = np.zeros(n, np.int32), np.zeros(n, np.int32)
         # Idle rows write at the last position, which nobody ever sees.
-        position, done = np.full(n, caches.text[0].k.shape[2] - 1, np.int32), np.ones(n, bool)
+        position, done = np.full(n, caches.text[0].length - 1, np.int32), np.ones(n, bool)
         spans = np.zeros((n, self._tiles, 2), np.int32)
         answers, prompts = [IDLE] * n, [[]] * n
         for slot in rows:
@@ -377,7 +377,7 @@ class Engine:
     def _make_room(self, *, positions: int = 0, tiles: int = 0) -> None:
         """Let every slot hold so many positions and tiles."""
         assert self._caches is not None
-        text, own = self._caches.text[0].k.shape[2], self._tiles
+        text, own = self._caches.text[0].length, self._tiles
         if positions > text - 1 or tiles > own:
             layers, self._caches = {"cache": [*self._caches.text], "image_seq": [*self._caches.tiles]}, None
             lengths = {
@@ -403,7 +403,7 @@ class Engine:
         """Tiles that every slot has room for."""
         if self._caches is None or not self._caches.tiles:
             return 0
-        return self._caches.tiles[0].k.shape[2] // self._tile
+        return self._caches.tiles[0].length // self._tile
 
 
 IDLE = Answer(SamplingParams(), (), None)

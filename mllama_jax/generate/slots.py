@@ -14,7 +14,7 @@ from flax import struct
 
 from mllama_jax.generate.decode import Made, State, choose
 from mllama_jax.generate.sampling import Settings
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 Layers = tuple[KVCache, ...]
@@ -26,7 +26,8 @@ class Caches:
 
     Attributes:
         text: the self-attention cache, [slots, K, S, H] a layer.
-        tiles: keys and values of pictures' tiles, [slots, K, M * N', H] a cross-attention layer; M may be 0.
+        tiles: keys and values of pictures' tiles, [slots, K, M * N', H] a cross-attention layer; M may be 0. Like the
+            former's they are int8 with scales [slots, K, ...] where the model's `cache` says so.
     """
 
     text: Layers
@@ -40,10 +41,8 @@ class Caches:
 @functools.partial(jax.jit, static_argnames=("model", "slots", "length"))
 def empty(model: MllamaModel, *, slots: int, length: int) -> Caches:
     """Caches with room for `length` positions a slot and for no picture."""
-    text, config = empty_cache(model.config.text, slots, length, model.dtype), model.config.text
-    nothing = jnp.zeros((slots, config.kv_heads, 0, config.head_dim), model.dtype)
-    text = jax.tree.map(lambda x: model.constrain(x, *KVCache.axes), text)
-    return Caches(text, tuple(KVCache(nothing, nothing) for _ in config.cross_layers))
+    text = tuple(layer.placed(model.constrain) for layer in model.empty_cache(slots, length))
+    return Caches(text, tuple(model.empty_layer(slots, 0) for _ in model.config.text.cross_layers))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="caches")
@@ -73,7 +72,7 @@ def read(
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
     caches = dataclasses.replace(caches, text=jax.tree.map(put, caches.text, text))
     state = State((), made, made, made, jnp.zeros(1, bool), counts)
-    return caches, choose(model, params, x[:, end], state, settings, top)[1]
+    return caches, choose(call(model, params, "logits", x[:, end]), state, settings, top)[1]
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
@@ -91,7 +90,7 @@ def take_tiles(caches: Caches, row: jax.Array, start: jax.Array, *, length: int)
     """Keys and values of tiles that a slot holds, [1, K, length, H] a layer."""
 
     def take(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (row, 0, start, 0), (1, x.shape[1], length, x.shape[3]))
+        return jax.lax.dynamic_slice(x, (row, 0, start, 0)[: x.ndim], (1, x.shape[1], length, *x.shape[3:]))
 
     return jax.tree.map(take, caches.tiles)
 
@@ -101,7 +100,7 @@ def put_tiles(caches: Caches, tiles: Layers, row: jax.Array, start: jax.Array) -
     """Put keys and values [1, K, length, H] a layer into a slot."""
 
     def put(x: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(x, new, (row, 0, start, 0))
+        return jax.lax.dynamic_update_slice(x, new, (row, 0, start, 0)[: x.ndim])
 
     return dataclasses.replace(caches, tiles=jax.tree.map(put, caches.tiles, tiles))
 
@@ -111,10 +110,9 @@ def longer(model: MllamaModel, layer: KVCache, *, length: int, axis: str) -> KVC
     """A layer's keys and values with room for `length` positions; `axis` is what these are called on a mesh."""
 
     def pad(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
-        return model.constrain(x, "batch", "kv_heads", axis, "head_dim")
+        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))[: x.ndim])
 
-    return jax.tree.map(pad, layer)
+    return jax.tree.map(pad, layer).placed(model.constrain, axis)
 
 
 def tile_tokens(model: MllamaModel) -> int:

@@ -42,8 +42,7 @@ class CrossAttention(nn.Module):
         """Projected features [B, M, N', D] -> keys and values [B, K, M*N', H], computed once for all text."""
         kv = self.kv(rearrange(features, "b m n d -> b (m n) d"))
         k, v = (jnp.swapaxes(x, 1, 2) for x in (self.k_norm(kv[:, :, 0]), kv[:, :, 1]))
-        k, v = (self.constrain(x, "batch", "kv_heads", "image_seq", "head_dim") for x in (k, v))
-        return KVCache(k, v)
+        return KVCache(k, v).placed(self.constrain, "image_seq")
 
     def __call__(self, x: jax.Array, cache: KVCache, cross: CrossCache, positions: jax.Array) -> jax.Array:
         """Attend from x [B, T, D] at positions int [B, T] to the tiles these see; zero where they see none."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllama_jax.model.layers import einsum
+from mllama_jax.model.quantize import Int8
 
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
 
@@ -30,8 +31,8 @@ class UpTo:
 
 def attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Int8,
+    v: jax.Array | Int8,
     queries: jax.Array | None,
     visible: Callable[[jax.Array], jax.Array] | None,
     scale: float | None = None,
@@ -46,27 +47,37 @@ def attention(
         scale: of the scores, H ** -0.5 if None.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return back_end(q)(q, k, v, queries, visible, scale)
+    return back_end(q, k)(q, k, v, queries, visible, scale)
 
 
 BackEnd = Callable[..., jax.Array]
 
 
-def back_end(q: jax.Array) -> BackEnd:
-    """What computes attention for queries like these: on a GPU in half precision cuDNN, which writes no scores to
-    memory; XLA otherwise, which has float32."""
-    return cudnn if jax.default_backend() == "gpu" and q.dtype != jnp.float32 else xla
+def back_end(q: jax.Array, k: jax.Array | Int8) -> BackEnd:
+    """What computes attention for queries and keys like these: on a GPU in half precision cuDNN, which writes no scores
+    to memory; XLA otherwise, which has float32, and int8 keys for single queries, of which cuDNN would need a copy."""
+    if jax.default_backend() != "gpu" or q.dtype == jnp.float32 or (isinstance(k, Int8) and q.shape[1] == 1):
+        return xla
+    return cudnn
 
 
 def xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array | None, visible: Callable | None, scale: float
+    q: jax.Array,
+    k: jax.Array | Int8,
+    v: jax.Array | Int8,
+    queries: jax.Array | None,
+    visible: Callable | None,
+    scale: float,
 ) -> jax.Array:
     """In plain products. Long inputs go block by block of queries, so that neither scores nor mask ever exist for all
     T x S pairs; a backward pass makes them anew."""
 
     def attend(q: jax.Array, queries: jax.Array | None) -> jax.Array:
         mask = None if visible is None or queries is None else visible(queries)
-        return einsum("bkgts,bksh->btkgh", attention_weights(q, k, mask, scale).astype(v.dtype), v)
+        weights = attention_weights(q, k, mask, scale)
+        if isinstance(v, Int8):
+            weights = weights * v.scale[:, :, None, None]
+        return einsum("bkgts,bksh->btkgh", weights.astype(q.dtype), numbers(v, q.dtype))
 
     B, T, K, G, _ = q.shape
     t = largest_divisor(T, SCORES_AT_ONCE // (B * K * G * k.shape[2]))
@@ -79,22 +90,39 @@ def xla(
     return rearrange(blocks, "n b t k g h -> b (n t) k g h")
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None, scale: float | None = None) -> jax.Array:
+def attention_weights(
+    q: jax.Array, k: jax.Array | Int8, mask: jax.Array | None, scale: float | None = None
+) -> jax.Array:
     """How much each query of q [B, T, K, G, H] takes of each key of k [B, K, S, H]: float32 [B, K, G, T, S].
 
     The bool mask is [B, T, S]; scores and softmax are float32.
     """
-    scores = einsum("btkgh,bksh->bkgts", q, k).astype(jnp.float32) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = einsum("btkgh,bksh->bkgts", q, numbers(k, q.dtype)).astype(jnp.float32)
+    scores *= q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(k, Int8):
+        scores *= k.scale[:, :, None, None]
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
 
 
+def numbers(x: jax.Array | Int8, dtype: jnp.dtype) -> jax.Array:
+    """What a product reads of keys or values: of int8 ones the bare integers, which half precision holds exactly; their
+    scales go to the scores or weights, so that the compiler can convert on the way and keep no wide copy."""
+    return x.values.astype(dtype) if isinstance(x, Int8) else x
+
+
 def cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array | None, visible: Callable | None, scale: float
+    q: jax.Array,
+    k: jax.Array | Int8,
+    v: jax.Array | Int8,
+    queries: jax.Array | None,
+    visible: Callable | None,
+    scale: float,
 ) -> jax.Array:
     """By cuDNN's fused kernel, which wants its keys [rows, S, heads, H]; half precision only."""
     B, T, K, G, _ = q.shape
+    k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
     lengths = mask = None
     causal = isinstance(visible, UpTo) and visible.first
     if isinstance(visible, UpTo) and T == 1 and queries is not None:

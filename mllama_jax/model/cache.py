@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mllama_jax.config import TextConfig
+from mllama_jax.model.quantize import Int8
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of one layer, each [B, K, S, H].
+    """Keys and values of one layer, each [B, K, S, H]; in int8 with a scale for each [B, K, S].
 
     Positions stand beside the head width because a TPU keeps the last two axes in tiles of 8 x 128: with the heads
     there it would copy the whole cache at each dispatch.
@@ -21,19 +23,40 @@ class KVCache:
     `fresh` says that nothing is in it and that what comes first begins at position 0: those tokens need not look at it.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Int8
+    v: jax.Array | Int8
     fresh: bool = struct.field(pytree_node=False, default=False)
     axes: ClassVar[tuple[str, ...]] = ("batch", "kv_heads", "cache", "head_dim")
 
-    def write(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
-        """Put k, v [B, T, K, H] at positions int [B, T], a run of consecutive ones in each row."""
+    @property
+    def length(self) -> int:
+        """S, for how many positions there is room."""
+        return self.k.shape[2]
+
+    def quantized(self) -> KVCache:
+        """The same in int8."""
+        k, v = (x if isinstance(x, Int8) else Int8.of(x) for x in (self.k, self.v))
+        return KVCache(k, v)
+
+    def like(self, k: jax.Array, v: jax.Array) -> KVCache:
+        """k, v [B, T, K, H] as this cache would keep them, [B, K, T, H]."""
+        new = KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        return new.quantized() if isinstance(self.k, Int8) else new
+
+    def write(self, new: KVCache, positions: jax.Array) -> KVCache:
+        """Put what `like` made of T positions at positions int [B, T], a run of consecutive ones in each row."""
 
         def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 0, 1).astype(old.dtype), (0, start, 0))
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, *(0,) * (old.ndim - 2)))
 
         start = positions[:, 0]
-        return KVCache(jax.vmap(put)(self.k, k, start), jax.vmap(put)(self.v, v, start))
+        each = functools.partial(jax.tree.map, lambda old, new: jax.vmap(put)(old, new, start))
+        return KVCache(each(self.k, new.k), each(self.v, new.v))
+
+    def placed(self, constrain: Callable[..., jax.Array], positions: str = "cache") -> KVCache:
+        """Where it lies on a mesh; `positions` is what its positions are called there."""
+        axes = tuple(positions if axis == "cache" else axis for axis in self.axes)
+        return jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), self)
 
 
 @struct.dataclass
@@ -58,16 +81,10 @@ class CrossCache:
 
     def visible(self, positions: jax.Array) -> jax.Array:
         """bool [B, T, S]: which cached positions the text positions int [B, T] may see."""
-        padded = self.layers[0].k.shape[2] // self.spans.shape[1]
+        padded = self.layers[0].length // self.spans.shape[1]
         visible = self.tiles(positions)[..., None] & (jnp.arange(padded) < self.tokens)
         return visible.reshape(*positions.shape, -1)
 
     def sees(self, positions: jax.Array) -> jax.Array:
         """bool [B, T]: whether the text positions int [B, T] see any tile."""
         return self.tiles(positions).any(axis=-1)
-
-
-def empty_cache(config: TextConfig, rows: int, length: int, dtype: jnp.dtype) -> tuple[KVCache, ...]:
-    """An empty self-attention cache: one [rows, K, length, H] pair for each self-attention layer."""
-    shape = (rows, config.kv_heads, length, config.head_dim)
-    return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.self_layers)

@@ -41,14 +41,13 @@ class SelfAttention(nn.Module):
         kv = Linear("btd,ckhd->btckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"), name="kv")(x)
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, positions, frequencies), rotate(kv[:, :, 0], positions, frequencies)
-        fresh, cache = cache.fresh, cache.write(k, kv[:, :, 1], positions)
-        cache = jax.tree.map(lambda x: self.constrain(x, *KVCache.axes), cache)
+        own, fresh = cache.like(k, kv[:, :, 1]), cache.fresh
+        cache = cache.write(own, positions).placed(self.constrain)
         q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
         if fresh:
-            own_k, own_v = (jnp.swapaxes(each, 1, 2) for each in (k, kv[:, :, 1]))
-            y = attention(q, own_k, own_v, positions, UpTo(x.shape[1], first=True))
+            y = attention(q, own.k, own.v, positions, UpTo(x.shape[1], first=True))
         else:
-            y = attention(q, cache.k, cache.v, positions, UpTo(cache.k.shape[2]))
+            y = attention(q, cache.k, cache.v, positions, UpTo(cache.length))
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
         shape, parts = (D, K * G * H), self.constrain.parts("heads")
         y = Linear("btf,df->btd", shape, ("embed", "heads"), parts=parts, name="out")(y)

@@ -11,22 +11,23 @@ import jax.numpy as jnp
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.model.adapter import Projector
-from mllama_jax.model.cache import CrossCache, KVCache, empty_cache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.decoder import Decoder
 from mllama_jax.model.layers import Constrain, Remat, keep_all, unconstrained
-from mllama_jax.model.quantize import quantize_parameters
+from mllama_jax.model.quantize import Int8, quantize_parameters
 from mllama_jax.model.vision import VisionEncoder
 
 Params = dict[str, Any]
 
 
 class MllamaModel(nn.Module):
-    """The whole model, computing in `dtype` whatever dtype the parameters have."""
+    """The whole model, computing in `dtype` whatever dtype the parameters have; caches too unless `cache` is "int8"."""
 
     config: MllamaConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     constrain: Constrain = unconstrained
     remat: Remat = keep_all
+    cache: str | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -43,7 +44,27 @@ class MllamaModel(nn.Module):
         """Projected features of the rows' tiles [B, M, N, D] and their spans int [B, M, 2] -> a CrossCache."""
         tokens = features.shape[2]
         features = jnp.pad(features, ((0, 0), (0, 0), (0, -tokens % 8), (0, 0)))
-        return CrossCache(self.text.keys_values(features), spans, tokens)
+        layers = self.text.keys_values(features)
+        if self.cache:
+            layers = tuple(layer.quantized().placed(self.constrain, "image_seq") for layer in layers)
+        return CrossCache(layers, spans, tokens)
+
+    @nn.nowrap
+    def empty_layer(self, rows: int, length: int) -> KVCache:
+        """No keys and values yet, [rows, K, length, H] of each."""
+        shape = (rows, self.config.text.kv_heads, length, self.config.text.head_dim)
+
+        def nothing() -> jax.Array | Int8:
+            return (
+                Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1])) if self.cache else jnp.zeros(shape, self.dtype)
+            )
+
+        return KVCache(nothing(), nothing())
+
+    @nn.nowrap
+    def empty_cache(self, rows: int, length: int) -> tuple[KVCache, ...]:
+        """An empty self-attention cache, an `empty_layer` for each self-attention layer."""
+        return tuple(self.empty_layer(rows, length) for _ in self.config.text.self_layers)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...], cross: CrossCache | None
@@ -63,7 +84,7 @@ class MllamaModel(nn.Module):
             features = self.encode(pixels, jnp.ones(1, jnp.int32))
             cross = self.keys_values(features, jnp.zeros((1, c.vision.max_tiles, 2), jnp.int32))
         tokens = jnp.zeros((1, 1), jnp.int32)
-        x, _ = self(tokens, tokens, empty_cache(c.text, 1, 1, self.dtype), cross)
+        x, _ = self(tokens, tokens, self.empty_cache(1, 1), cross)
         return self.logits(x)
 
 

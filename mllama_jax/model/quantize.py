@@ -1,4 +1,8 @@
-"""int8 weights: a kernel `[out..., in]` with one scale for each output, and activations quantised token by token."""
+"""int8: vectors with a scale each.
+
+Weights are kernels `[out..., in]` with one scale for each output, and activations are quantised token by token; caches
+have a scale for each position and key/value head.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
+
+
+@struct.dataclass
+class Int8:
+    """Vectors in int8: `values * scale`.
+
+    Attributes:
+        values: int8 [..., D].
+        scale: float32 [...].
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def of(cls, x: jax.Array) -> Int8:
+        """x [..., D], rounded."""
+        return cls(*quantize(x))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def widen(self, dtype: jnp.dtype) -> jax.Array:
+        """The vectors [..., D] in this dtype."""
+        return (self.values * self.scale[..., None]).astype(dtype)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,6 @@ import optax
 from einops import rearrange
 
 from mllama_jax.model.attention import largest_divisor
-from mllama_jax.model.cache import empty_cache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 from mllama_jax.train.batch import IGNORED, Batch, normalise
 
@@ -32,9 +31,7 @@ def log_likelihoods(model: MllamaModel, params: Params, batch: Batch, tiles: jax
     rows, length = batch.tokens.shape
     cross = None if tiles is None else call(model, params, "keys_values", tiles, batch.spans)
     positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-    cache = tuple(
-        dataclasses.replace(each, fresh=True) for each in empty_cache(model.config.text, rows, length, model.dtype)
-    )
+    cache = tuple(dataclasses.replace(each, fresh=True) for each in model.empty_cache(rows, length))
     x, _ = call(model, params, "__call__", batch.tokens, positions, cache, cross)
 
     @jax.checkpoint

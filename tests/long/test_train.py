@@ -14,7 +14,6 @@ from PIL import Image
 
 from mllama_jax.convert.apply import insert, paths
 from mllama_jax.errors import InputError
-from mllama_jax.model.cache import empty_cache
 from mllama_jax.model.layers import REMAT
 from mllama_jax.model.mllama import MllamaModel, Params, call
 from mllama_jax.model.quantize import product, quantize, quantize_parameters
@@ -167,7 +166,7 @@ def _states(params: Params, batch: Batch) -> np.ndarray:
     tiles = losses.own_tiles(features, len(batch.tokens))
     cross = call(MODEL, params, "keys_values", tiles, batch.spans)
     positions = np.broadcast_to(np.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    cache = empty_cache(TINY.text, len(batch.tokens), batch.tokens.shape[1], jnp.dtype("float32"))
+    cache = MODEL.empty_cache(len(batch.tokens), batch.tokens.shape[1])
     x, _ = call(MODEL, params, "__call__", batch.tokens, positions, cache, cross)
     return np.asarray(x)
 

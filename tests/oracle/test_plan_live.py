@@ -82,6 +82,22 @@ def test_the_decode_step_is_clean(name: str, quantize: str | None) -> None:
         check_stays_small(programs, compiled, SERVED)
 
 
+@pytest.mark.parametrize("name", ["v6e:2x4", "v5p:2x2x1"])
+def test_int8_caches_stay_small_and_in_place(name: str) -> None:
+    """At 5 of 100 layers: no cache exists in another type, nor twice, and collectives are those of wide caches."""
+    programs = programs_on(shallow(MODEL, 5), topology(name), "serve", cache="int8")
+    compiled, cross = compile_program(programs.decode(SERVED)), programs.cross(SERVED.slots, SERVED.images)
+    check_collectives(programs, compiled, SERVED)
+    check_in_place(programs, compiled, SERVED)
+    assert cross is not None
+    layers = [*programs.cache(SERVED.slots, SERVED.context), *cross.layers]
+    shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(layers) if leaf.dtype == jnp.int8}
+    found = re.findall(r"\b(?:bf16|f32|s32)\[([\d,]+)\]", " ".join(e.shape for e in Program(compiled.text).executed()))
+    assert not {tuple(n for n in shape if n > 1) for shape in shapes} & {
+        tuple(n for n in map(int, dims.split(",")) if n > 1) for dims in found
+    }
+
+
 def test_the_collectives_of_tpu7x() -> None:
     """Its compiler lays every kernel out anew in each dispatch, so the rest is not clean there (libtpu 0.0.52)."""
     programs = programs_on(shallow(MODEL, 5), topology("tpu7x:2x2x1"), "serve")

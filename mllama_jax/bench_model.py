@@ -1,0 +1,217 @@
+"""What `mllama bench` times: a model of random weights, on one device or spread over several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllama_jax.config import MllamaConfig, VisionConfig
+from mllama_jax.generate import decode
+from mllama_jax.generate.sampling import SamplingParams, Settings
+from mllama_jax.model.cache import CrossCache
+from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
+from mllama_jax.model.vision import TILES
+from mllama_jax.sharding.fit_table import shallow
+from mllama_jax.sharding.mesh import Chip, make_mesh
+from mllama_jax.sharding.resolve import device_bytes, resolve
+from mllama_jax.sharding.roofline import decode_weights
+from mllama_jax.sharding.rules import Rules, mesh_axes, preset_rules
+
+# ---- Floors -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What a device must do at least: bytes read once, and operations of the decoder's weights and of the rest."""
+
+    read: int
+    weight_flops: float
+    flops: float
+
+    def limit(self, chip: Chip, dtype: str) -> tuple[float, str]:
+        """Milliseconds, and which of bandwidth and compute asks for them. int8 products run at twice the rate."""
+        rate = 2 if dtype == "int8" else 1
+        seconds = {
+            "bandwidth": self.read / chip.bandwidth,
+            "compute": (self.weight_flops / rate + self.flops) / chip.flops,
+        }
+        binds = max(seconds, key=lambda name: seconds[name])
+        return 1e3 * seconds[binds], binds
+
+
+# ---- What is measured ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A model with random parameters; every method gives a function to time and the floor of what it does."""
+
+    model: MllamaModel
+    params: Params
+
+    @classmethod
+    def of(cls, config: MllamaConfig, dtype: str, devices: int = 1, cache: str | None = None) -> Bench:
+        """Random weights, the decoder's kernels in `dtype`, by the preset `serve` where devices are several."""
+        model, tree = abstract(config, dtype, devices, cache)
+        return cls(model, jax.tree.map(normal, tree))
+
+    @property
+    def devices(self) -> int:
+        return self.model.constrain.mesh.size if isinstance(self.model.constrain, Rules) else 1
+
+    @property
+    def _vision(self) -> VisionConfig:
+        assert self.model.config.vision is not None
+        return self.model.config.vision
+
+    def decode(self, rows: int, context: int, pictures: bool) -> tuple[Callable[[], Any], Floor]:
+        """A dispatch of decode steps, of which the last fills the cache."""
+        text, vision = self.model.config.text, self.model.config.vision
+        cache = jax.tree.map(normal, decode.new_cache(self.model, rows, context))
+        cross = None
+        if pictures and vision is not None:
+            one = jax.eval_shape(lambda: self.model.empty_layer(rows, vision.max_tiles * vision.padded_tokens))
+            one = one.placed(self._place, "image_seq")
+            layers = tuple(jax.tree.map(normal, one) for _ in text.cross_layers)
+            spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (rows, vision.max_tiles, 2))
+            cross = CrossCache(layers, spans, vision.tokens)
+        weights = self._decode_weights(cross is not None)
+        settings = self._settings(rows)
+        position = jnp.full(rows, context - decode.STEPS, jnp.int32)
+        token = jnp.arange(rows, dtype=jnp.int32)
+        state: list[Any] = [decode.State(cache, token, position, token, jnp.zeros(rows, bool), None)]
+
+        def dispatch() -> Any:
+            start = state.pop().replace(
+                position=position + 0, made=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool)
+            )
+            after, block, _ = decode.decode(self.model, self.params, start, cross, settings, steps=decode.STEPS, top=0)
+            state.append(after)
+            return block
+
+        keys = context * len(text.self_layers)
+        if cross is not None:
+            keys += cross.layers[0].length * len(text.cross_layers)
+        size = sum(leaf.size for leaf in jax.tree.leaves(weights))
+        read = device_bytes((weights, cache, cross))
+        flops = 4 * rows * text.heads * text.head_dim * keys
+        return dispatch, Floor(read, 2 * rows * size / self.devices, flops / self.devices)
+
+    def encode(self, images: int) -> tuple[Callable[[], Any], Floor]:
+        """The vision tower and the projector on pictures of all tiles."""
+        vision = self._vision
+        pixels = jax.random.normal(jax.random.key(0), (images, vision.max_tiles, 3, vision.tile, vision.tile))
+        ids = jnp.full(images, next(i for i, tiles in enumerate(TILES) if tiles == vision.max_tiles), jnp.int32)
+        tower = {name: self.params[name] for name in ("vision", "projector")}
+        positions = images * vision.max_tiles * vision.padded_tokens
+        kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(tower) if path[-1].key == "kernel"]
+        attention = 4 * positions * vision.max_tiles * vision.padded_tokens * vision.width
+        flops = 2 * positions * sum(x.size for x in kernels) + attention * (vision.layers + vision.global_layers)
+        return lambda: decode.encode(self.model, self.params, pixels, ids), Floor(
+            device_bytes(tower), 0, flops / self.devices
+        )
+
+    def first_token(self, tokens: int, picture: bool) -> tuple[Callable[[], Any], Floor]:
+        """From pixels and token ids to the first new token, in the dispatches that `generate` makes."""
+        text = self.model.config.text
+        ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, text.vocab)
+        settings, lengths = self._settings(1), jnp.full(1, tokens, jnp.int32)
+        encode, floor = self.encode(1) if picture else (lambda: None, Floor(0, 0, 0))
+
+        def run() -> Any:
+            cross = None
+            if picture:
+                tiles = jnp.arange(self._vision.max_tiles, dtype=jnp.int32)[None]
+                spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (1, self._vision.max_tiles, 2))
+                cross = decode.keys_values(self.model, self.params, encode(), tiles, spans)
+            cache = decode.new_cache(self.model, 1, tokens + decode.STEPS)
+            return decode.prefill(self.model, self.params, ids, lengths, cache, cross, settings, top=0)[1]
+
+        weights = self._decode_weights(picture)
+        head = self.params["text"].get("head", {"kernel": self.params["text"]["embedding"]})["kernel"].size
+        size = sum(leaf.size for leaf in jax.tree.leaves(weights)) - head
+        inner = 4 * text.heads * text.head_dim
+        weight_flops = 2 * tokens * size + 2 * head
+        flops = inner * tokens * (tokens + 1) / 2 * len(text.self_layers)
+        if picture:
+            seen, kv = self._vision.max_tiles * self._vision.tokens, 2 * text.kv_heads * text.head_dim * text.width
+            flops += inner * tokens * seen * len(text.cross_layers)
+            weight_flops += 2 * seen * kv * len(text.cross_layers)
+        read = device_bytes(weights) + floor.read
+        return run, Floor(read, weight_flops / self.devices, flops / self.devices + floor.flops)
+
+    def _place(self, x: Any, *names: str) -> jax.ShapeDtypeStruct:
+        rules = self.model.constrain
+        place = rules.sharding(*names) if isinstance(rules, Rules) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    def _decode_weights(self, pictures: bool) -> Params:
+
+        return decode_weights(self.params, self.model.config.text, pictures=pictures)
+
+    def logits(self) -> np.ndarray:
+        """Of two rows of 16 tokens with a picture each: float32 [2, 16, V]."""
+        text, vision = self.model.config.text, self.model.config.vision
+        tokens, cross = jax.random.randint(jax.random.key(1), (2, 16), 0, text.vocab), None
+        if vision is not None:
+            features = self.encode(2)[0]()
+            tiles = jnp.arange(2 * vision.max_tiles, dtype=jnp.int32).reshape(2, -1)
+            spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (*tiles.shape, 2))
+            cross = decode.keys_values(self.model, self.params, features, tiles, spans)
+        return np.asarray(decode.on_host(decode.all_logits(self.model, self.params, tokens, cross)))
+
+    def _settings(self, rows: int) -> Any:
+
+        endless = SamplingParams(max_new_tokens=2**30, stop_ids=())
+        return Settings.of([endless] * rows, [[]] * rows, (), self.model.config.text.vocab)
+
+
+def abstract(config: MllamaConfig, dtype: str, devices: int, cache: str | None = None) -> tuple[MllamaModel, Params]:
+    """A model in bfloat16 and what its parameters are, the decoder's kernels in `dtype`, and on which devices."""
+    wide, quantize = jnp.dtype("bfloat16"), "int8" if dtype == "int8" else None
+    if devices == 1:
+        tree = nn.unbox(abstract_parameters(config, wide, quantize))
+        return MllamaModel(config, wide, cache=cache), tree
+    rules = preset_rules("serve", config, make_mesh(mesh_axes("serve", config, devices), jax.devices()[:devices]))
+    return MllamaModel(config, wide, rules, cache=cache), resolve(config, rules, wide, quantize)
+
+
+def spread_error(config: MllamaConfig, dtype: str, devices: int) -> float:
+    """How far logits of the first layers, up to one of cross-attention, are from those of one device, of the largest.
+
+    Both have the same random weights and read two rows of 16 tokens with a picture each.
+    """
+    config = shallow(config, min((*config.text.cross_layers, config.text.layers - 1)) + 1)
+    alone = Bench.of(config, dtype)
+    model, tree = abstract(config, dtype, devices)
+    together = Bench(model, jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree)))
+    one, several = (each.logits() for each in (alone, together))
+    return float(np.abs(several - one).max() / np.abs(one).max())
+
+
+def normal(like: Any) -> jax.Array:
+    """Random numbers of such a shape and dtype, of about the size that weights of that width have."""
+
+    shape, dtype = tuple(like.shape), jnp.dtype(like.dtype)
+
+    def make(key: jax.Array) -> jax.Array:
+        if dtype == jnp.int8:
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+        if dtype == jnp.float32:  # the scales of int8 kernels
+            return jnp.full(shape, 2e-4, jnp.float32)
+        return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+
+    return _jitted(make, shape, dtype, getattr(like, "sharding", None))(jax.random.key(sum(shape), impl="unsafe_rbg"))
+
+
+_made: dict[Any, Callable] = {}
+
+
+def _jitted(make: Callable, *key: Any) -> Callable:
+    return _made.setdefault(key, jax.jit(make, out_shardings=key[-1]))
