@@ -26,7 +26,9 @@ from mllama_jax.generate import engine
 from mllama_jax.generate.answer import Answer
 from mllama_jax.processes import versions
 from mllama_jax.processing.chat import Prompt
+from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
 from mllama_jax.serve import protocol
+from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
 from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.metrics import Metrics
@@ -64,24 +66,41 @@ class Limits:
 class Refused(Exception):
     """A request that is answered with a status and a fault."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **headers: str):
+    def __init__(
+        self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, **headers: str
+    ):
         super().__init__(message)
-        self.response = JSONResponse(protocol.fault(message, kind), status, headers)
+        self.response = JSONResponse(protocol.fault(message, kind, code), status, headers)
 
 
 class Service:
-    """A model, its engine, and the requests that it answers."""
+    """A model, its engine, and the requests that it answers; a Llama Guard in front if there is one."""
 
-    def __init__(self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits):
+    def __init__(
+        self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits, guard: Mllama | None = None
+    ):
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
         self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
         self.replies = Replies(name, model.tokenizer)
-        self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context))
+        self.guard = None if guard is None else Guard(guard, slots=slots, aside=self._aside)
+        turns = None if self.guard is None else self.guard.turns
+        self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context), turns)
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
         self._preparing = ThreadPoolExecutor(PREPARING)
+
+    def start(self) -> None:
+        for worker in self._workers():
+            worker.start()
+
+    def stop(self) -> None:
+        for worker in self._workers():
+            worker.stop()
+
+    def _workers(self) -> list[Worker]:
+        return [self.worker] if self.guard is None else [self.worker, self.guard.worker]
 
     def app(self) -> Starlette:
         routes = [
@@ -133,20 +152,22 @@ class Service:
     async def warm(self, conversation: list[Any]) -> None:
         """Answer a conversation shortly, which compiles what such ones need."""
         asked = Asked([conversation], {"max_new_tokens": 2}, None, False, False, False)
-        await self._whole(await self._jobs(conversation, asked))
+        async for _ in self._pieces(await self._jobs(conversation, asked)):
+            pass
+        await self._judge(conversation)
 
     # ---- Completions ------------------------------------------------------------------------------------------------
 
     async def chat(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
             asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
-            jobs = await self._prepare(asked)
+            jobs = await self._prepare(asked, "messages")
         return await self._respond(asked, jobs, request, "chat.completion")
 
     async def complete(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
             asked = protocol.text_request(body, self.name)
-            jobs = await self._prepare(asked)
+            jobs = await self._prepare(asked, "prompt")
         return await self._respond(asked, jobs, request, "text_completion")
 
     @contextmanager
@@ -163,17 +184,21 @@ class Service:
         if self.worker.open + self._arriving + more > len(self.worker.engine.slots) + self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
-    async def _prepare(self, asked: Asked) -> list[Job]:
-        """The answers that are asked for, known to fit."""
+    async def _prepare(self, asked: Asked, field: str) -> list[Job]:
+        """The answers that are asked for, known to fit and not to be refused by the guard."""
         jobs = [job for prompt in asked.prompts for job in await self._jobs(prompt, asked)]
         self._admit(len(jobs) - 1)
         for job in jobs:
             self.worker.engine.check(job.request)
+        for prompt in asked.prompts:
+            verdict = await self._judge(as_conversation(prompt, self.tokenizer))
+            if not verdict.safe:
+                raise Refused(400, f"{field}: judged {verdict}", code="content_filter")
         return jobs
 
     async def _respond(self, asked: Asked, jobs: list[Job], request: Request, kind: str) -> Response:
         if asked.stream:
-            events = self.replies.stream(asked, jobs, kind, self._pieces(jobs))
+            events = self.replies.stream(asked, jobs, kind, self._judged(jobs))
             return StreamingResponse(events, media_type="text/event-stream")
         whole = asyncio.ensure_future(self._whole(jobs))
         gone = asyncio.ensure_future(_gone(request))
@@ -204,12 +229,28 @@ class Service:
         for params in protocol.sampling(asked, room, config.stops).each():
             answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
             guide = None if asked.schema is None else await self._aside(self._guide, asked.schema)
-            made.append(Job(await self._aside(engine.Request.of, config, prompt, answer, guide), began))
+            request = await self._aside(engine.Request.of, config, prompt, answer, guide)
+            made.append(Job(request, as_conversation(asked_prompt, self.tokenizer), began))
         return made
 
+    async def _judge(self, conversation: list[Any]) -> Verdict:
+        """What the guard says of a conversation's last turn; safe where there is no guard."""
+        if self.guard is None:
+            return SAFE
+        verdict = await self.guard.judge(conversation)
+        self.metrics.verdicts.labels("safe" if verdict.safe else "unsafe").inc()
+        return verdict
+
     async def _whole(self, jobs: list[Job]) -> None:
-        async for _ in self._pieces(jobs):
+        async for _ in self._judged(jobs):
             pass
+
+    async def _judged(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; in the end each answer is judged."""
+        async for piece in self._pieces(jobs):
+            yield piece
+        for job in jobs:
+            job.verdict = await self._judge([*job.conversation, {"role": "assistant", "content": job.answer.text}])
 
     async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come; left early, all are cancelled."""
@@ -281,10 +322,10 @@ class Service:
                 response = refused.response
             except protocol.ModelNotFound as error:
                 response = JSONResponse(protocol.fault(str(error), "invalid_request_error", "model_not_found"), 404)
+            except (EngineFault, NoVerdict) as error:
+                response = JSONResponse(protocol.fault(str(error), "server_error"), 500)
             except InputError as error:
                 response = JSONResponse(protocol.fault(str(error), "invalid_request_error"), 400)
-            except EngineFault as error:
-                response = JSONResponse(protocol.fault(str(error), "server_error"), 500)
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception:

@@ -31,6 +31,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-host", action="append", default=[], help="fetch pictures from there; may be given again"
     )
+    parser.add_argument(
+        "--guard", metavar="DIR", help="a Llama Guard 3 11B Vision, which judges each conversation and each answer"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -58,14 +61,15 @@ def run(args: argparse.Namespace) -> None:
             f"--preset {args.preset}: a slot is one row and this mesh splits rows in {model.groups}; choose serve, or "
             "fewer devices"
         )
+    guard = None if args.guard is None else load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
     limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
     name = args.name or Path(str(args.model).rstrip("/")).name
-    service = Service(model, name, slots=args.slots, context=args.context, limits=limits)
+    service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
     listening = _listen(args.host, args.port)
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
     shown |= {"model": name, "dtype": args.dtype, "slots": args.slots}
     shown |= {"context": service.worker.engine.context, "queue": args.queue, "image_hosts": args.image_host}
-    print(json.dumps(shown | {"keys": len(keys)}), file=sys.stderr)
+    print(json.dumps(shown | {"guard": args.guard, "keys": len(keys)}), file=sys.stderr)
 
     class Server(uvicorn.Server):
         def capture_signals(self) -> contextlib.nullcontext[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,7 +92,7 @@ def _listen(host: str, port: int) -> socket.socket:
 async def serve(service: Any, server: Any, listening: socket.socket) -> None:
     """Listen at once, be ready after warming up; on SIGTERM or SIGINT answer what is open, take no more, and stop."""
     loop = asyncio.get_running_loop()
-    service.worker.start()
+    service.start()
     running = asyncio.ensure_future(server.serve(sockets=[listening]))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,7 +109,7 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
         await asyncio.sleep(0.05)
     server.should_exit = True
     await running
-    service.worker.stop()
+    service.stop()
 
 
 async def warm_up(service: Any) -> None:
