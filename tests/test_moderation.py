@@ -152,7 +152,9 @@ def test_moderate(guard: Mllama) -> None:
 
 def test_the_command(guard: Mllama, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
-        return cli.main(["moderate", str(directory), *arguments]), *capsys.readouterr()
+        code = cli.main(["moderate", str(directory), *arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
 
     assert run("--user", "Hello") == (0, "safe\n", "")
     code, out, _ = run("--user", "Hello", "--agent", "Away!", "--json")
