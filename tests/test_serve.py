@@ -7,14 +7,12 @@ import base64
 import http.client
 import io
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,33 +32,13 @@ from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
-
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
+from tests.served import Start, starting
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server of the checkpoint that ships; gives its process and URL once it is ready."""
-    started: list[subprocess.Popen[str]] = []
-    home = tmp_path_factory.mktemp("cache")
-
-    def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "mllama_jax.cli", "serve", "--port", "0", "--dtype", "float32", *options]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home), **environment}
-        log = tmp_path_factory.mktemp("log") / "stderr"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stderr=file, text=True, env=env)
-        started.append(process)
-        while '"ready"' not in (told := log.read_text()):
-            assert process.poll() is None, told
-            time.sleep(0.1)
-        (url,) = re.findall(r'"url": "([^"]+)"', told)
-        return process, url
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    with starting(tmp_path_factory) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +342,7 @@ def test_clients_that_leave_free_their_slots(url: str) -> None:
 
 
 def test_keys_a_full_queue_and_a_sigterm(start: Start) -> None:
-    """Without a key only /health answers; one slot and a queue of one take two; SIGTERM lets these end."""
+    """Without a key only /health and the page answer; one slot and a queue of one take two; SIGTERM lets these end."""
     process, url = start("--slots", "1", "--queue", "1", "--context", "512", MLLAMA_API_KEYS="other,secret")
     assert post(url, "/v1/chat/completions", HELLO)[0] == 401
     assert post(url, "/v1/chat/completions", HELLO, Authorization="Bearer wrong")[0] == 401

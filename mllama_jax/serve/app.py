@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hmac
 import json
 import logging
 import time
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
+import jax
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -31,9 +31,10 @@ from mllama_jax.serve import protocol
 from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
 from mllama_jax.serve.images import read_picture
+from mllama_jax.serve.keys import Keys
 from mllama_jax.serve.metrics import Metrics
 from mllama_jax.serve.protocol import Asked
-from mllama_jax.serve.replies import Job, Replies
+from mllama_jax.serve.replies import Job, Replies, told_look
 from mllama_jax.serve.worker import EngineFault, Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
@@ -83,9 +84,9 @@ class Service:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
         self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
         self.replies = Replies(name, model.tokenizer)
-        self.guard = None if guard is None else Guard(guard, slots=slots, aside=self._aside)
-        turns = None if self.guard is None else self.guard.turns
+        self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
         self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context), turns)
+        self.guard = None if guard is None else Guard(guard, slots=slots, turns=turns, aside=self._aside)
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
@@ -110,6 +111,7 @@ class Service:
             Route("/metrics", self.tell_metrics),
             Route("/version", self.version),
             Route("/v1/models", self.models),
+            Route("/look", self.guarded(self.look), methods=["POST"]),
             Route("/tokenize", self.guarded(self.tokenize), methods=["POST"]),
             Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
             Route("/v1/completions", self.guarded(self.complete), methods=["POST"]),
@@ -148,6 +150,23 @@ class Service:
             asked = protocol.text_request(body, self.name)
             tokens = (await self._prompt(asked.prompts[0], None)).tokens
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.context})
+
+    async def look(self, body: dict[str, Any], request: Request) -> Response:
+        """Where the words of the answer with which a conversation ends look on its pictures."""
+        if jax.process_count() > 1:
+            raise InputError("look: a server of several processes does not tell where it looks")
+        with self._arrival():
+            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+            *conversation, last = asked.prompts[0] or [{}]
+            answer = last.get("content") if last.get("role") == "assistant" else None
+            if not isinstance(answer, str):
+                raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
+            length = len((await self._prompt(asked.prompts[0], asked.tools)).tokens)
+            if length > self.worker.engine.context:
+                raise InputError(f"messages: at most {self.worker.engine.context} tokens, got {length}")
+            look = functools.partial(self.model.look, conversation, answer, tools=asked.tools)
+            found = await asyncio.get_running_loop().run_in_executor(self._turns, look)
+        return JSONResponse(told_look(found))
 
     async def warm(self, conversation: list[Any]) -> None:
         """Answer a conversation shortly, which compiles what such ones need."""
@@ -364,22 +383,6 @@ class Service:
     async def _aside(self, work: Callable[..., Any], *args: Any) -> Any:
         """Do what takes time outside of the event loop, few at once."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
-
-
-class Keys:
-    """Lets a request pass that bears one of the keys, or asks for /health."""
-
-    def __init__(self, app: Any, keys: tuple[str, ...]):
-        self.app, self.keys = app, [key.encode() for key in keys]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-            equal = [hmac.compare_digest(given, key) for key in self.keys]  # all, so that none is told by time
-            if not any(equal):
-                fault = protocol.fault("a valid key is needed: Authorization: Bearer ...", "authentication_error")
-                return await JSONResponse(fault, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        return await self.app(scope, receive, send)
 
 
 async def _gone(request: Request) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 from mllama_jax.api import Mllama
@@ -23,10 +23,10 @@ class Guard:
     Its slots may be as long as its model allows: what the served model may read, the guard reads with its task around.
     """
 
-    def __init__(self, model: Mllama, *, slots: int, aside: Callable[..., Awaitable[Any]]):
-        self.model, self.aside, self.turns = model, aside, ThreadPoolExecutor(1)
+    def __init__(self, model: Mllama, *, slots: int, turns: Executor, aside: Callable[..., Awaitable[Any]]):
+        self.model, self.aside = model, aside
         engine = Engine(model.model, model.params, slots=slots, context=model.config.text.context)
-        self.worker = Worker(engine, self.turns)
+        self.worker = Worker(engine, turns)
 
     async def judge(self, conversation: list[Any]) -> Verdict:
         """What the guard says of the last turn. Raises NoVerdict where it says neither safe nor unsafe."""

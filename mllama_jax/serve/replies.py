@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import secrets
@@ -9,9 +10,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
+
 from mllama_jax.errors import InputError
 from mllama_jax.generate import engine
 from mllama_jax.generate.answer import Answer
+from mllama_jax.look import Look
 from mllama_jax.processing.guard import SAFE, Verdict
 from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.serve.protocol import Asked, fault
@@ -117,6 +121,19 @@ class Replies:
         except (EngineFault, InputError) as error:
             yield b"data: " + json.dumps(fault(str(error), "server_error")).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+def told_look(look: Look) -> dict[str, Any]:
+    """The words and, for each picture, where they looked: bytes [words, rows, columns] in base64, 255 where a word
+    looked most, and how many columns and rows of these patches the picture covers."""
+    hottest = np.max([view.patches.max(axis=(1, 2)) for view in look.views], axis=0)[:, None, None]
+    views = []
+    for view in look.views:
+        heat = np.rint(255 * view.patches / hottest).astype(np.uint8)
+        _, rows, columns = heat.shape
+        told = {"rows": rows, "columns": columns, "covered": view.covered}
+        views.append(told | {"heat": base64.b64encode(heat.tobytes()).decode()})
+    return {"words": look.words, "views": views}
 
 
 def header(kind: str, model: str) -> dict[str, Any]:

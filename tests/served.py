@@ -1,0 +1,42 @@
+"""Servers in processes of their own, of the checkpoint that ships."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@contextmanager
+def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A function that starts `mllama serve` with options and gives its process and URL once it is ready."""
+    started: list[subprocess.Popen[str]] = []
+    home = tmp_path_factory.mktemp("cache")
+
+    def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "mllama_jax.cli", "serve", "--port", "0", "--dtype", "float32", *options]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home), **environment}
+        log = tmp_path_factory.mktemp("log") / "stderr"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stderr=file, text=True, env=env)
+        started.append(process)
+        while '"ready"' not in (told := log.read_text()):
+            assert process.poll() is None, told
+            time.sleep(0.1)
+        (url,) = re.findall(r'"url": "([^"]+)"', told)
+        return process, url
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
