@@ -1,7 +1,9 @@
-"""Servers in processes of their own, of the checkpoint that ships."""
+"""Servers in processes of their own, of the checkpoint that ships, and what to ask them."""
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
 import subprocess
@@ -9,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -40,3 +44,22 @@ def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, content, headers)
+    answer = connection.getresponse()
+    told = answer.read()
+    connection.close()
+    return answer.status, json.loads(told) if told else None
+
+
+def metric(url: str, name: str) -> float:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    (value,) = re.findall(rf"^{name} (\S+)$", text, re.M)
+    return float(value)

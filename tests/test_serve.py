@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
-import re
 import signal
 import socket
 import subprocess
@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import jsonschema
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -30,9 +31,10 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
+from mllama_jax.serve.app import Limits, Service
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
-from tests.served import Start, starting
+from tests.served import Start, metric, post, starting
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +77,6 @@ def asked(question: list[dict[str, Any]]) -> list[Any]:
 
 def questions(n: int) -> list[list[dict[str, Any]]]:
     return [conversation(example)[:1] for family in FAMILIES for example in held_out(family, n)]
-
-
-def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, content, headers)
-    answer = connection.getresponse()
-    told = answer.read()
-    connection.close()
-    return answer.status, json.loads(told) if told else None
 
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
@@ -219,15 +211,6 @@ def test_what_operators_ask(client: openai.OpenAI, url: str) -> None:
     assert metric(url, "mllama_generation_tokens_total") > 0
 
 
-def metric(url: str, name: str) -> float:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    (value,) = re.findall(rf"^{name} (\S+)$", text, re.M)
-    return float(value)
-
-
 def test_curl_streams(url: str) -> None:
     done = subprocess.run(
         ["curl", "-sN", f"{url}/v1/chat/completions", "-d", json.dumps(HELLO | {"stream": True})],
@@ -305,6 +288,60 @@ def test_what_cannot_be_answered_is_named(url: str, change: dict[str, Any], mess
 def test_bodies_that_are_refused(url: str, body: bytes, status: int, message: str) -> None:
     found, told = post(url, "/v1/chat/completions", body)
     assert (found, message in told["error"]["message"]) == (status, True)
+
+
+def test_headers_without_end_are_refused(client: openai.OpenAI, url: str) -> None:
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port or 80), timeout=60) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-More: ")
+        with contextlib.suppress(ConnectionError):  # it may hang up on the way
+            raw.sendall(b"x" * 2**20)
+        with contextlib.suppress(ConnectionError):
+            assert raw.recv(12) in (b"", b"HTTP/1.1 400")
+    assert client.models.list().data
+
+
+def test_a_body_that_drips_is_given_up(model: Mllama) -> None:
+    """A letter every tenth of a second, for ever."""
+    service = Service(model, "it", slots=1, context=256, limits=Limits(seconds=0.5))
+    service.ready = True
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.1)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    asyncio.run(service.app()(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert "did not come within" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+def test_where_an_answer_looks(url: str, model: Mllama) -> None:
+    (question, *_), answer = questions(1), "top left"
+    status, told = post(url, "/look", {"messages": [*asked(question), {"role": "assistant", "content": answer}]})
+    expected = model.look(question, answer)
+    assert (status, told["words"]) == (200, ["top", "left"])
+    (view,) = told["views"]
+    heat = np.frombuffer(base64.b64decode(view["heat"]), np.uint8).reshape(2, view["rows"], view["columns"])
+    patches = expected.views[0].patches
+    np.testing.assert_allclose(heat / 255, patches / patches.max(axis=(1, 2), keepdims=True), atol=0.01)
+    assert tuple(view["covered"]) == expected.views[0].covered
+    for messages, message in (
+        (asked(question), "expected an assistant's text at the end"),
+        ([*HELLO["messages"], {"role": "assistant", "content": "Hi"}], "shows no picture to look at"),
+    ):
+        status, told = post(url, "/look", {"messages": messages})
+        assert (status, message in told["error"]["message"]) == (400, True)
+
+
+def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
+    status, told = post(url, "/v1/completions", {"prompt": [5] * 512})
+    assert (status, told["error"]["message"][:18]) == (400, "512 prompt tokens ")
+    assert post(url, "/v1/completions", {"prompt": [5] * 511})[0] == 200
 
 
 def test_pictures_of_all_shapes(client: openai.OpenAI) -> None:

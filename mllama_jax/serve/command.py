@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     try:
+        import jax
         import uvicorn
 
         from mllama_jax.serve.app import Limits, Service
@@ -61,7 +62,11 @@ def run(args: argparse.Namespace) -> None:
             f"--preset {args.preset}: a slot is one row and this mesh splits rows in {model.groups}; choose serve, or "
             "fewer devices"
         )
-    guard = None if args.guard is None else load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
+    guard = None
+    if args.guard is not None:
+        if jax.process_count() > 1:
+            raise InputError("--guard: expected one process, several do not run a second model yet; leave it out")
+        guard = load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
     limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
@@ -76,7 +81,14 @@ def run(args: argparse.Namespace) -> None:
             return contextlib.nullcontext()  # `serve` listens for them, and drains
 
     config = uvicorn.Config(
-        service.app(), args.host, args.port, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off"
+        service.app(),
+        args.host,
+        args.port,
+        http="h11",  # which bounds headers, whatever else is installed
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=30,
+        lifespan="off",
     )
     asyncio.run(serve(service, Server(config), listening))
 
