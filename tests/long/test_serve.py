@@ -24,9 +24,8 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "t
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +56,9 @@ def test_a_thousand_clients_leave_and_every_slot_is_free(start: Start) -> None:
 
 
 def test_many_clients_at_once_get_what_is_asked_for() -> None:
-    command = [sys.executable, "-m", "mllama_jax.serve.measure", "--requests", "200", "--clients", "100"]
-    done = subprocess.run(
-        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True
-    )
+    done = run("mllama_jax.serve.measure", "--requests", "60", "--clients", "60")
     report = json.loads(done.stdout)
-    assert (report["failed"], len(report["megabytes"])) == (0, 20)
+    assert (done.returncode, report["failed"], len(report["megabytes"])) == (0, 0, 20)
 
 
 def test_a_guard_in_front(start: Start, tmp_path: Path) -> None:
@@ -77,9 +73,6 @@ def test_a_guard_in_front(start: Start, tmp_path: Path) -> None:
 
 
 def test_what_is_no_guard_is_told_at_the_start() -> None:
-    command = [sys.executable, "-m", "mllama_jax.cli", "serve", "--port", "0", "--guard", str(SHIPPED)]
-    done = subprocess.run(
-        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
-    )
+    done = run("mllama_jax.cli", "serve", "--port", "0", "--guard", str(SHIPPED))
     assert done.returncode == 2
     assert "is the model Llama Guard 3?" in done.stderr.splitlines()[-1]
