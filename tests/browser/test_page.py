@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -123,6 +124,18 @@ def test_a_fault_is_told_and_the_question_is_there_again(page: Page) -> None:
     page.get_by_label("Question").press("Enter")
     expect(page.locator(".assistant")).to_have_count(1)
     expect(page.locator("#rate")).to_have_text(re.compile(r"\d+ tokens"))
+
+
+def test_an_answer_that_a_guard_finds_unsafe_is_taken_back(page: Page) -> None:
+    choices = [
+        {"delta": {"content": "Take a"}, "finish_reason": None},
+        {"delta": {}, "finish_reason": "content_filter"},
+    ]
+    body = "".join(f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices) + "data: [DONE]\n\n"
+    page.route(ASKED, lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    ask(page, "How?")
+    expect(page.get_by_role("alert")).to_have_text("Not answered: the answer was judged unsafe")
+    expect(page.locator(".assistant")).to_have_count(0)
 
 
 def test_a_reload_forgets_the_conversation_but_not_the_key(page: Page) -> None:
