@@ -29,7 +29,7 @@ from mllama_jax.config import PRESETS
 from mllama_jax.convert.apply import Parameter, paths
 from mllama_jax.convert.axes import Index
 from mllama_jax.convert.model import Model
-from mllama_jax.convert.run import write_hugging_face
+from mllama_jax.convert.run import write
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import abstract_parameters
 
@@ -49,7 +49,7 @@ def main() -> None:
     with _scratch(args.scratch, 2.1 * size) as scratch:
         weights = {path: _random(path, shape) for path, shape in shapes.items()}
         model = Model(weights, config, {}, "4.45", {"config.json": {}, "params.json": {}}, {})
-        write_hugging_face(model, scratch / "hf")
+        write(model, scratch / "hf", "hf", "writing")
         for start, end, shards in CHAIN:
             report = {"from": start, "to": end, "shards": shards, "gigabytes": size / 1e9, **_copy(scratch / start)}
             report |= _convert(scratch / start, scratch / end, end, shards)

@@ -92,7 +92,7 @@ def write_index(
     store: Store, parameters: Parameters, files: Mapping[str, bytes], hf_names: str, done: Progress
 ) -> None:
     """Write the files that stand beside the arrays, and, last, what makes the directory a checkpoint."""
-    tree = {"tree_metadata": {str(path): _tree_entry(path) for path in parameters}}
+    tree = {"tree_metadata": {str(path): _tree_entry(path) for path in sorted(parameters)}}
     tree |= {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
     written = json.dumps(tree | {"custom_metadata": None}).encode()
     digests = {name: digest_of(content) for name, content in {**files, TREE: written}.items()}

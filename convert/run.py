@@ -119,6 +119,15 @@ def convert(
     }
 
 
+def write(model: Model, target: str | os.PathLike[str], to: Layout, title: str) -> None:
+    """Write `model` into the new or empty directory `target`, in one go: what is left of a stopped run is refused."""
+    plan, store = _PLANS[to](model, 1), Store(target)
+    job = {title: os.fspath(target), "begun": time.time()}
+    with _full_disk(store), _progress(store, job, plan.sizes, title) as done:
+        plan.write(store, done)
+        done.finish()
+
+
 def _check_dtypes(model: Model) -> None:
     """Without a dtype to convert to, the parts of each parameter must have one, and one that every layout has."""
     for row in table(model.config):
@@ -215,15 +224,6 @@ def _to_hf(model: Model, _: int) -> Plan:
             store.write(name, content)
 
     return Plan({f"{file}/{name}": nbytes(t) for file, held in files.items() for name, t in held.items()}, write)
-
-
-def write_hugging_face(model: Model, directory: Path) -> None:
-    """Write `model` without more ado: not resumable."""
-    store = Store(directory)
-    plan = _to_hf(model, 1)
-    with Progress(store, {}, plan.sizes, "writing") as done:
-        plan.write(store, done)
-        done.finish()
 
 
 def _split(made: dict[str, LazyArray]) -> dict[str, dict[str, LazyArray]]:

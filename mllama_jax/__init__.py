@@ -5,5 +5,6 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.generate.answer import Completion
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.loading import load
+from mllama_jax.saving import save
 
-__all__ = ["Completion", "Mllama", "MllamaConfig", "SamplingParams", "load"]
+__all__ = ["Completion", "Mllama", "MllamaConfig", "SamplingParams", "load", "save"]

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mllama_jax.config import MllamaConfig
+from mllama_jax.convert.store import BucketPath
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode
 from mllama_jax.generate.answer import Answer, Completion
@@ -50,7 +51,7 @@ class Mllama:
     params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None
     template: ChatTemplate
-    directory: Path
+    directory: Path | BucketPath
 
     @property
     def config(self) -> MllamaConfig:

@@ -86,7 +86,8 @@ def load(
     whole = _wanted(model, None if made else checkpoint.quantized, trained)
     put = _quantizer(whole, _wanted(model, quantize, trained)) if made else _placer(whole)
     params = load_parameters(stored, put)
-    return Mllama(model, quantize_parameters(params, tuple) if made else params, tokenizer, template, Path(path))
+    params = quantize_parameters(params, tuple) if made else params
+    return Mllama(model, params, tokenizer, template, checkpoint.directory)
 
 
 def preset_mesh(path: str | os.PathLike[str], preset: str = "serve", group: int | None = None) -> Mesh:

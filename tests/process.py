@@ -4,8 +4,7 @@ python -m mllama_jax.run tests/process.py COORDINATOR NUMBER COUNT ...
 
 add FLAG                          agree on FLAG, add numbers up until killed
 load DIRECTORY DTYPE              load
-model DIRECTORY KV SAVED TARGET   load on a mesh of KV groups of key/value heads, take weights from SAVED if it is
-                                  there, generate, save to TARGET
+model DIRECTORY KV TARGET         load on a mesh of KV groups of key/value heads, generate, save to TARGET
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mllama_jax
@@ -40,7 +37,7 @@ def add() -> None:
         time.sleep(0.05)
 
 
-def model(directory: str, kv: str, saved: str, target: str) -> None:
+def model(directory: str, kv: str, target: str) -> None:
     """Print the bytes that were read and those that this process's devices hold, and the tokens."""
     read = 0
     parameters = loading.parameters
@@ -63,11 +60,7 @@ def model(directory: str, kv: str, saved: str, target: str) -> None:
     held = sum(
         sum({str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}.values()) for leaf in leaves
     )
-    with ocp.StandardCheckpointer() as checkpointer:
-        if Path(saved).exists():
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params)
-            model = dataclasses.replace(model, params=checkpointer.restore(saved, abstract))
-        checkpointer.save(target, model.params)
+    mllama_jax.save(model, target)
     tokens = model.generate_tokens(*rows(), max_new_tokens=8, stop_ids=())
     print(json.dumps({"read": read, "held": held, "whole": sum(leaf.nbytes for leaf in leaves), "tokens": tokens}))
 

@@ -209,17 +209,42 @@ def test_draws_of_one_row_are_independent() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"top_k": 2}, [1, 1, 0, 0]),
-        ({"top_p": 0.5}, [1, 0, 0, 0]),
-        ({"top_p": 0.6}, [1, 1, 0, 0]),
-        ({"top_p": 1e-9}, [1, 0, 0, 0]),
-        ({"top_k": 3, "top_p": 0.6}, [1, 1, 0, 0]),
+        ({"top_k": 2}, [0, 1, 0, 1]),
+        ({"top_p": 0.5}, [0, 1, 0, 0]),
+        ({"top_p": 0.6}, [0, 1, 0, 1]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_k": 3, "top_p": 0.6}, [0, 1, 0, 1]),
+        ({"top_k": 3, "top_p": 0.9}, [1, 1, 0, 1]),
+        ({"top_k": 9}, [1, 1, 1, 1]),
         ({}, [1, 1, 1, 1]),
     ],
 )
 def test_what_top_k_and_top_p_keep(values: dict, expected: list[int]) -> None:
-    ranked = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    assert kept(ranked, settings_of(1, temperature=1.0, **values)).astype(int).tolist() == [expected]
+    logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
+    assert kept(logits, settings_of(1, temperature=1.0, **values)).astype(int).tolist() == [expected]
+
+
+def test_what_is_kept_is_what_a_sort_finds() -> None:
+    """Many rows of a real vocabulary's size, each with its settings; ties at the border are kept together."""
+    rng, vocab = np.random.default_rng(0), 8_000
+    logits = (rng.normal(size=(16, vocab)) * rng.uniform(0.1, 8, (16, 1))).astype(np.float32)
+    logits[::3] = np.round(logits[::3], 1)
+    top_k = np.where(rng.random(16) < 0.3, 0, rng.integers(1, 300, 16))
+    params = [
+        SamplingParams(temperature=1.0, top_k=int(k), top_p=float(p))
+        for k, p in zip(top_k, rng.uniform(0.05, 1, 16), strict=True)
+    ]
+    found = np.asarray(kept(jnp.asarray(logits), Settings.of(params, [[]] * 16, (), vocab)))
+    for line, row, each in zip(logits, found, params, strict=True):
+        exact = line.astype(np.float64)
+        falling = np.sort(exact)[::-1]
+        if each.top_k:
+            exact = np.where(exact >= falling[each.top_k - 1], exact, -np.inf)
+        mass = np.exp(exact - falling[0]) / np.exp(exact - falling[0]).sum()
+        above = np.array([mass[mass > one].sum() for one in np.unique(mass)])[np.unique(mass, return_inverse=True)[1]]
+        sure = np.abs(above - each.top_p) > 1e-6  # of sums in float32
+        np.testing.assert_array_equal(row[sure], ((above < each.top_p) & (mass > 0))[sure])
+        assert sure.mean() > 0.99
 
 
 def test_streamed_pieces_add_up(small: Mllama, picture: Draw) -> None:

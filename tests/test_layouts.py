@@ -163,6 +163,22 @@ def test_the_directory_alone_serves(ours: Path, small: Mllama) -> None:
     assert model.config == small.config
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_loaded_model_is_saved_as_convert_writes_it(template: Path, tmp_path: Path, quantize: str | None) -> None:
+    """All files to the byte, with what no parameter of ours holds."""
+    a = release(template, tmp_path / "a", DTYPES[1], 1)
+    convert(a, tmp_path / "converted", to="orbax", dtype="float32", quantize=quantize)
+    model = mllama_jax.load(a, dtype="float32", quantize=quantize)
+    mllama_jax.save(model, tmp_path / "saved")
+    converted, saved = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "converted", tmp_path / "saved")
+    )
+    assert saved == converted
+    with pytest.raises(InputError, match=r"saved: already holds .* choose another target"):
+        mllama_jax.save(model, tmp_path / "saved")
+
+
 def test_plain_orbax_restores_it(ours: Path) -> None:
     expected = read(ours)[1]
     assert_same(ocp.StandardCheckpointer().restore(ours), expected)

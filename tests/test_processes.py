@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import mllama_jax
 from mllama_jax import processes
+from mllama_jax.convert.run import convert
 from mllama_jax.errors import InputError
 from mllama_jax.processes import LOST, SILENCE
 from tests.sharded import rows
+from tests.test_convert import assert_same, read
 
 ROOT = Path(__file__).parents[1]
 Start = Callable[..., list[subprocess.Popen[str]]]
@@ -88,17 +87,16 @@ def test_together_they_are_one_model(spread_directory: Path, tmp_path: Path, sta
     """Each of two reads what its devices hold; four go on on another mesh with what two saved; tokens are one's."""
     single = mllama_jax.load(spread_directory, dtype="float32")
     tokens = single.generate_tokens(*rows(), max_new_tokens=8, stop_ids=())
-    for count, kv in ((2, 4), (4, 2)):
-        args = ["model", str(spread_directory), str(kv), str(tmp_path / "by 2"), str(tmp_path / f"by {count}")]
+    convert(spread_directory, tmp_path / "by 1", to="orbax")
+    for source, count, kv in ((spread_directory, 2, 4), (tmp_path / "by 2", 4, 2)):
+        args = ["model", str(source), str(kv), str(tmp_path / f"by {count}")]
         for process in start(*[args] * count, devices=4 // count):
             out, error = process.communicate(timeout=240)
             assert process.returncode == 0, error
             told = json.loads(out)
             assert told["read"] == told["held"] < 1.2 * told["whole"] / min(count, kv)
             assert told["tokens"] == tokens
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.restore(tmp_path / f"by {count}", single.params)
-        jax.tree.map(np.testing.assert_array_equal, saved, single.params)
+        assert_same(read(tmp_path / f"by {count}")[1], read(tmp_path / "by 1")[1])
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_no_stop_token_before_its_time() -> None:
 
 
 def test_by_default_all_tokens_are_kept() -> None:
-    ranked = -jnp.sort(-jnp.asarray(np.random.default_rng(0).normal(size=(1, 128256)), jnp.float32))
-    assert bool(kept(ranked, settings(SamplingParams(temperature=1.0), [])).all())
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 128256)), jnp.float32)
+    assert bool(kept(logits, settings(SamplingParams(temperature=1.0), [])).all())
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -56,9 +56,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_min_p_keeps_what_is_likely_beside_the_likeliest() -> None:
-    ranked = jnp.log(jnp.array([[0.5, 0.26, 0.2, 0.04]]))
-    for min_p, expected in ((0.0, [1, 1, 1, 1]), (0.5, [1, 1, 0, 0]), (0.3, [1, 1, 1, 0]), (1.0, [1, 0, 0, 0])):
-        chosen = kept(ranked, settings(SamplingParams(temperature=1.0, min_p=min_p), []))
+    logits = jnp.log(jnp.array([[0.2, 0.5, 0.04, 0.26]]))
+    for min_p, expected in ((0.0, [1, 1, 1, 1]), (0.5, [0, 1, 0, 1]), (0.3, [1, 1, 0, 1]), (1.0, [0, 1, 0, 0])):
+        chosen = kept(logits, settings(SamplingParams(temperature=1.0, min_p=min_p), []))
         assert chosen.astype(int).tolist() == [expected]
 
 

@@ -229,11 +229,12 @@ def sample(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.A
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        order, ranked = candidates(logits, settings)
+        scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
         keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(settings.seed, made)
-        choice = jax.vmap(jax.random.categorical)(keys, ranked)
-        token = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-        return jnp.where(settings.temperature > 0, token, greedy)
+        masked = jnp.where(kept(scaled, settings), scaled, -jnp.inf)
+        masked = jax.lax.optimization_barrier(masked)  # one kernel with the random bits compiles thrice as long on TPUs
+        chosen = jax.vmap(jax.random.categorical)(keys, masked)
+        return jnp.where(settings.temperature > 0, chosen.astype(jnp.int32), greedy)
 
     return jax.lax.cond(jnp.any(settings.temperature > 0), drawn, lambda: greedy)
 
@@ -252,19 +253,33 @@ def adjusted(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax
     return logits.at[rows, jnp.where(early < 0, logits.shape[-1], early)].set(-jnp.inf, mode="drop")
 
 
-def candidates(logits: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """Tokens to draw from, likeliest first: ids int [B, V] and their logits over temperature, -inf where not kept."""
-    ranked, order = jax.lax.top_k(logits, logits.shape[-1])  # sorts; a TPU's compiler takes half of argsort's time
-    ranked /= jnp.maximum(settings.temperature, 1e-6)[:, None]
-    return order, jnp.where(kept(ranked, settings), ranked, -jnp.inf)
+def kept(logits: jax.Array, settings: Settings) -> jax.Array:
+    """Which of the logits [B, V], over temperature, top-k, then top-p, then min-p keep: bool [B, V], never none.
+
+    As in transformers' processors; of equal logits at a border all are kept.
+    """
+    likeliest = logits == logits.max(axis=-1, keepdims=True)
+    top_k = (settings.top_k[:, None] == 0) | at_least(logits, jnp.ones_like(logits), settings.top_k)
+    probabilities = jax.nn.softmax(jnp.where(top_k, logits, -jnp.inf), axis=-1)
+    top_p = (settings.top_p[:, None] >= 1) | at_least(logits, probabilities, settings.top_p)
+    min_p = probabilities >= settings.min_p[:, None] * probabilities.max(axis=-1, keepdims=True)
+    return top_k & (top_p & min_p | likeliest)
 
 
-def kept(ranked: jax.Array, settings: Settings) -> jax.Array:
-    """Which of the logits [B, V], falling along V, top-k, then top-p, then min-p keep: bool [B, V], never none."""
-    rank = jnp.arange(ranked.shape[-1])
-    top_k = (settings.top_k[:, None] == 0) | (rank < settings.top_k[:, None])
-    probabilities = jax.nn.softmax(jnp.where(top_k, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    top_p = (before < settings.top_p[:, None]) | (settings.top_p[:, None] >= 1)  # rounding may sum to 1 before the end
-    likely = top_p & (probabilities >= settings.min_p[:, None] * probabilities[:, :1])
-    return top_k & (likely | (rank == 0))
+def at_least(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Where `values` [B, V] reach the largest value from which on the `weights` add up to the row's `target` [B].
+
+    It is searched for in the values' bits, four at a time, for a sort takes a TPU's compiler longer than ten layers do.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the values
+    digits = jnp.arange(1, 16, dtype=jnp.uint32)
+
+    def step(i: jax.Array, found: jax.Array) -> jax.Array:
+        shift = (28 - 4 * i).astype(jnp.uint32)
+        tried = found | digits << shift  # B 15
+        sums = jnp.where(keys[:, None] >= tried[..., None], weights[:, None], 0).sum(axis=-1)
+        digit = (sums >= target[:, None]).sum(axis=-1, keepdims=True)  # the sums fall
+        return found | digit.astype(jnp.uint32) << shift
+
+    return keys >= jax.lax.fori_loop(0, 8, step, jnp.zeros((len(values), 1), jnp.uint32))

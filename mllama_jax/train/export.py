@@ -12,7 +12,7 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.apply import Parameter, paths
 from mllama_jax.convert.lora import write_lora
 from mllama_jax.convert.model import read_model
-from mllama_jax.convert.run import write_hugging_face
+from mllama_jax.convert.run import write
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.generate.decode import on_host
 from mllama_jax.model.mllama import Params
@@ -38,7 +38,7 @@ def write_trained(out: Path, recipe: Recipe, config: MllamaConfig, params: Param
         trained = {
             path: Parameter.of(value.astype(model.parameters[path].dtype)) for path, value in paths(params).items()
         }
-        write_hugging_face(dataclasses.replace(model, parameters={**model.parameters, **trained}), unfinished)
+        write(dataclasses.replace(model, parameters={**model.parameters, **trained}), unfinished, "hf", "writing")
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
     return place

@@ -1,0 +1,57 @@
+"""`save`: a model that is on devices as a checkpoint directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from mllama_jax.api import Mllama
+from mllama_jax.convert.apply import Parameter, paths
+from mllama_jax.convert.axes import Index
+from mllama_jax.convert.edits import cast
+from mllama_jax.convert.model import read_model
+from mllama_jax.convert.run import write
+from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.table import table
+from mllama_jax.generate.decode import on_host
+from mllama_jax.processes import agree
+
+
+def save(model: Mllama, path: str | os.PathLike[str]) -> None:
+    """Write a model in our layout, which `load` reads onto any mesh and `mllama convert` turns into the others.
+
+    Its parameters as they are, quantised or not, with the configuration, tokenizer and template of the directory that
+    it was loaded from. All of several processes call it, and each sees one whole parameter at a time; the first writes.
+
+    Args:
+        path: a new or empty directory, or a place in a bucket (`gs://bucket/path`).
+
+    Raises:
+        InputError: the directory is not empty, or cannot be written.
+    """
+    agree({"save to": os.fspath(path)})
+    leaves = paths(model.params)
+    quantized = any(leaf.dtype == np.int8 for leaf in leaves.values())
+    parameters = {
+        row.target: _parameter(leaves[row.target]) for row in table(model.config, "int8" if quantized else None)
+    }
+    if jax.process_index() == 0:
+        source = cast(read_model(open_checkpoint(model.directory)), leaves["text", "embedding"].dtype)
+        write(dataclasses.replace(source, parameters=parameters), path, "orbax", "saving")
+    else:
+        for parameter in parameters.values():
+            parameter.whole()
+    agree({})  # nobody goes on before it is there
+
+
+def _parameter(leaf: Any) -> Parameter:
+    """An array on devices, fetched when it is read, in which all processes take part."""
+
+    def read(index: Index) -> np.ndarray:
+        return on_host(leaf)[index]
+
+    return Parameter(leaf.shape, np.dtype(leaf.dtype), read)
