@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CHROMIUM ?= /usr/bin/chromium
 TESTS ?= tests
 RUN = $(VENV)/bin/python
 
@@ -18,12 +19,14 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# What `make test` leaves out: what takes long, and Meta's code and two versions of transformers on the same weights.
-test-all: $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done $(VENV)-lmms/.done
+# What `make test` leaves out: what takes long, the page in a browser, and Meta's code and two versions of transformers on
+# the same weights.
+test-all: $(CHROMIUM) $(VENV)-oracle/.done $(VENV)-transformers-4.54/.done $(VENV)-lmms/.done
 	MLLAMA_TRANSFORMERS_4_54_PYTHON=$(VENV)-transformers-4.54/bin/python \
+	MLLAMA_CHROMIUM=$(CHROMIUM) \
 	MLLAMA_LMMS_PYTHON=$(VENV)-lmms/bin/python \
 	MLLAMA_TRANSFORMERS_4_45_WHEEL=$(VENV)-transformers-4.54/transformers-4.45.2-py3-none-any.whl \
-		$(VENV)-oracle/bin/python -m pytest -n 2 --dist loadfile tests/oracle tests/long
+		$(VENV)-oracle/bin/python -m pytest -n 2 --dist loadfile tests/oracle tests/long tests/browser
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,7 +45,7 @@ $(VENV)-oracle/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-oracle
 	$(VENV)-oracle/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-oracle/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test,plan]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17" peft
+	$(VENV)-oracle/bin/python -m pip install --quiet --editable ".[test,plan]" llama-models==0.3.0 fairscale tiktoken "transformers>=5.17" peft playwright
 	touch $@
 
 $(VENV)-transformers-4.54/.done:
@@ -61,3 +64,8 @@ $(VENV)-lmms/.done: pyproject.toml
 	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[eval]" "transformers>=5.17" accelerate "filelock<4.3" loguru openai python-dotenv tenacity
 	$(VENV)-lmms/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@
+
+/usr/bin/chromium:
+	apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends chromium || \
+	{ echo "The page is tested in Chromium. On Debian, install it as root: apt-get install chromium. Elsewhere, say where" \
+	"it is: make test-all CHROMIUM=/path/to/chromium" >&2; exit 1; }

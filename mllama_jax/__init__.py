@@ -5,6 +5,7 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.generate.answer import Completion
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.loading import load
+from mllama_jax.processing.guard import Verdict
 from mllama_jax.saving import save
 
-__all__ = ["Completion", "Mllama", "MllamaConfig", "SamplingParams", "load", "save"]
+__all__ = ["Completion", "Mllama", "MllamaConfig", "SamplingParams", "Verdict", "load", "save"]

@@ -30,6 +30,7 @@ from mllama_jax.look import Look, view, words_of
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
+from mllama_jax.processing.guard import ANSWER, Verdict, guard_prompts, joined, read_verdict
 from mllama_jax.processing.image import choose_canvas, preprocess
 from mllama_jax.processing.tokenizer import Tokenizer
 
@@ -190,6 +191,17 @@ class Mllama:
             )
         prompt = functools.partial(self.prompt, tools=tools)
         return Chat(self.model, self.params, prompt, lambda params: self._start([params], tokenizer)[0])
+
+    def moderate(self, conversation: Conversation) -> Verdict:
+        """What this model, a Llama Guard 3 11B Vision, says of the last turn of a conversation: the user's, or the
+        assistant's answer where it ends with one. It sees one picture at a time; unsafe with one is unsafe.
+
+        Raises:
+            InputError: the conversation is malformed, or (NoVerdict) the model says neither safe nor unsafe.
+        """
+        prompts = guard_prompts(conversation, self._tokenizer())
+        answers = self.complete(prompts, [SamplingParams(max_new_tokens=ANSWER)] * len(prompts))
+        return joined(read_verdict(each.text, whole=each.finish_reason == "stop") for each in answers)
 
     def look(self, conversation: Conversation, answer: str, *, tools: Tools | None = None) -> Look:
         """Where on the conversation's pictures the words of this answer to it look.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mllama_jax import bench, planner
+from mllama_jax import bench, moderation, planner
 from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.convert import command as conversion
 from mllama_jax.errors import InputError
@@ -69,9 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
     chat.set_defaults(run=_chat)
 
-    served = serving.add_parser(commands)
+    served, moderate = serving.add_parser(commands), moderation.add_parser(commands)
     for command in (generate, chat, served):
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
+    for command in (generate, chat, served, moderate):
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
         command.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's kernels in int8")
         command.add_argument("--cache", choices=QUANTIZATIONS, help="keep the keys and values of what was read in int8")
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare this machine with what Meta's code computes")
     check.set_defaults(run=_check)
 
-    for command in (generate, chat, served):
+    for command in (generate, chat, served, moderate):
         command.add_argument(
             "--preset", help="spread the model over all devices: serve, evaluate, long-context, fsdp, fsdp+tensor"
         )
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     planner.add_parser(commands)
     bench.add_parser(commands)
     train.add_parser(commands)
-    for command in (generate, inspect, check):
+    for command in (generate, moderate, inspect, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
 import jsonschema
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -32,35 +31,16 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
+from mllama_jax.serve.app import Limits, Service
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
-
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
+from tests.served import Start, metric, post, starting
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server of the checkpoint that ships; gives its process and URL once it is ready."""
-    started: list[subprocess.Popen[str]] = []
-    home = tmp_path_factory.mktemp("cache")
-
-    def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "mllama_jax.cli", "serve", "--port", "0", "--dtype", "float32", *options]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home), **environment}
-        log = tmp_path_factory.mktemp("log") / "stderr"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stderr=file, text=True, env=env)
-        started.append(process)
-        while '"ready"' not in (told := log.read_text()):
-            assert process.poll() is None, told
-            time.sleep(0.1)
-        (url,) = re.findall(r'"url": "([^"]+)"', told)
-        return process, url
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    with starting(tmp_path_factory) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +77,6 @@ def asked(question: list[dict[str, Any]]) -> list[Any]:
 
 def questions(n: int) -> list[list[dict[str, Any]]]:
     return [conversation(example)[:1] for family in FAMILIES for example in held_out(family, n)]
-
-
-def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, content, headers)
-    answer = connection.getresponse()
-    told = answer.read()
-    connection.close()
-    return answer.status, json.loads(told) if told else None
 
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
@@ -241,15 +211,6 @@ def test_what_operators_ask(client: openai.OpenAI, url: str) -> None:
     assert metric(url, "mllama_generation_tokens_total") > 0
 
 
-def metric(url: str, name: str) -> float:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    (value,) = re.findall(rf"^{name} (\S+)$", text, re.M)
-    return float(value)
-
-
 def test_curl_streams(url: str) -> None:
     done = subprocess.run(
         ["curl", "-sN", f"{url}/v1/chat/completions", "-d", json.dumps(HELLO | {"stream": True})],
@@ -329,6 +290,60 @@ def test_bodies_that_are_refused(url: str, body: bytes, status: int, message: st
     assert (found, message in told["error"]["message"]) == (status, True)
 
 
+def test_headers_without_end_are_refused(client: openai.OpenAI, url: str) -> None:
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port or 80), timeout=60) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-More: ")
+        with contextlib.suppress(ConnectionError):  # it may hang up on the way
+            raw.sendall(b"x" * 2**20)
+        with contextlib.suppress(ConnectionError):
+            assert raw.recv(12) in (b"", b"HTTP/1.1 400")
+    assert client.models.list().data
+
+
+def test_a_body_that_drips_is_given_up(model: Mllama) -> None:
+    """A letter every tenth of a second, for ever."""
+    service = Service(model, "it", slots=1, context=256, limits=Limits(seconds=0.5))
+    service.ready = True
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.1)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    asyncio.run(service.app()(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert "did not come within" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+def test_where_an_answer_looks(url: str, model: Mllama) -> None:
+    (question, *_), answer = questions(1), "top left"
+    status, told = post(url, "/look", {"messages": [*asked(question), {"role": "assistant", "content": answer}]})
+    expected = model.look(question, answer)
+    assert (status, told["words"]) == (200, ["top", "left"])
+    (view,) = told["views"]
+    heat = np.frombuffer(base64.b64decode(view["heat"]), np.uint8).reshape(2, view["rows"], view["columns"])
+    patches = expected.views[0].patches
+    np.testing.assert_allclose(heat / 255, patches / patches.max(axis=(1, 2), keepdims=True), atol=0.01)
+    assert tuple(view["covered"]) == expected.views[0].covered
+    for messages, message in (
+        (asked(question), "expected an assistant's text at the end"),
+        ([*HELLO["messages"], {"role": "assistant", "content": "Hi"}], "shows no picture to look at"),
+    ):
+        status, told = post(url, "/look", {"messages": messages})
+        assert (status, message in told["error"]["message"]) == (400, True)
+
+
+def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
+    status, told = post(url, "/v1/completions", {"prompt": [5] * 512})
+    assert (status, told["error"]["message"][:18]) == (400, "512 prompt tokens ")
+    assert post(url, "/v1/completions", {"prompt": [5] * 511})[0] == 200
+
+
 def test_pictures_of_all_shapes(client: openai.OpenAI) -> None:
     for image, kind in (
         (Image.new("RGB", (1, 1)), "PNG"),
@@ -364,7 +379,7 @@ def test_clients_that_leave_free_their_slots(url: str) -> None:
 
 
 def test_keys_a_full_queue_and_a_sigterm(start: Start) -> None:
-    """Without a key only /health answers; one slot and a queue of one take two; SIGTERM lets these end."""
+    """Without a key only /health and the page answer; one slot and a queue of one take two; SIGTERM lets these end."""
     process, url = start("--slots", "1", "--queue", "1", "--context", "512", MLLAMA_API_KEYS="other,secret")
     assert post(url, "/v1/chat/completions", HELLO)[0] == 401
     assert post(url, "/v1/chat/completions", HELLO, Authorization="Bearer wrong")[0] == 401

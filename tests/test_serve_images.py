@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -33,6 +35,36 @@ def test_private_addresses_are_never_called(url: str, monkeypatch: pytest.Monkey
 def test_odd_urls_are_refused(url: str) -> None:
     with pytest.raises(InputError, match=r"image_url: expected a plain http\(s\) URL"):
         images.fetch(url, {"ok", "evil", ""})
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "MPO"])
+def test_of_several_frames_the_first_is_taken(kind: str) -> None:
+    file, colours = io.BytesIO(), ((200, 0, 0), (0, 200, 0))
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in colours)
+    first.save(file, kind, save_all=True, append_images=[second])
+    picture = images.decode_picture(file.getvalue())
+    assert (picture.mode, picture.size) == ("RGB", (16, 16))
+    assert np.abs(np.asarray(picture, int) - colours[0]).max() < 8
+
+
+def test_the_address_that_was_judged_is_the_one_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name whose second answer is another address gains nothing: nobody asks twice."""
+    answers, called = iter(["93.184.216.34", "127.0.0.1"]), []
+
+    def resolve(host: str, port: int, **_: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
+
+    def connect(address: tuple[str, int], **_: object) -> None:
+        called.append(address)
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(InputError, match="cannot be fetched: refused"):
+        images.fetch("http://ok/a.png", {"ok"})
+    with pytest.raises(InputError, match="not a public one"):
+        images.fetch("http://ok/a.png", {"ok"})
+    assert called == [("93.184.216.34", 80)]
 
 
 def test_fetching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

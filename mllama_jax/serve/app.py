@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hmac
 import json
 import logging
 import time
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
+import jax
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -26,12 +26,15 @@ from mllama_jax.generate import engine
 from mllama_jax.generate.answer import Answer
 from mllama_jax.processes import versions
 from mllama_jax.processing.chat import Prompt
+from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
 from mllama_jax.serve import protocol
+from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
 from mllama_jax.serve.images import read_picture
+from mllama_jax.serve.keys import Keys
 from mllama_jax.serve.metrics import Metrics
 from mllama_jax.serve.protocol import Asked
-from mllama_jax.serve.replies import Job, Replies
+from mllama_jax.serve.replies import Job, Replies, told_look
 from mllama_jax.serve.worker import EngineFault, Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
@@ -64,24 +67,41 @@ class Limits:
 class Refused(Exception):
     """A request that is answered with a status and a fault."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **headers: str):
+    def __init__(
+        self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, **headers: str
+    ):
         super().__init__(message)
-        self.response = JSONResponse(protocol.fault(message, kind), status, headers)
+        self.response = JSONResponse(protocol.fault(message, kind, code), status, headers)
 
 
 class Service:
-    """A model, its engine, and the requests that it answers."""
+    """A model, its engine, and the requests that it answers; a Llama Guard in front if there is one."""
 
-    def __init__(self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits):
+    def __init__(
+        self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits, guard: Mllama | None = None
+    ):
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
         self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
         self.replies = Replies(name, model.tokenizer)
-        self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context))
+        self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
+        self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context), turns)
+        self.guard = None if guard is None else Guard(guard, slots=slots, turns=turns, aside=self._aside)
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
         self._preparing = ThreadPoolExecutor(PREPARING)
+
+    def start(self) -> None:
+        for worker in self._workers():
+            worker.start()
+
+    def stop(self) -> None:
+        for worker in self._workers():
+            worker.stop()
+
+    def _workers(self) -> list[Worker]:
+        return [self.worker] if self.guard is None else [self.worker, self.guard.worker]
 
     def app(self) -> Starlette:
         routes = [
@@ -91,6 +111,7 @@ class Service:
             Route("/metrics", self.tell_metrics),
             Route("/version", self.version),
             Route("/v1/models", self.models),
+            Route("/look", self.guarded(self.look), methods=["POST"]),
             Route("/tokenize", self.guarded(self.tokenize), methods=["POST"]),
             Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
             Route("/v1/completions", self.guarded(self.complete), methods=["POST"]),
@@ -130,23 +151,42 @@ class Service:
             tokens = (await self._prompt(asked.prompts[0], None)).tokens
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.context})
 
+    async def look(self, body: dict[str, Any], request: Request) -> Response:
+        """Where the words of the answer with which a conversation ends look on its pictures."""
+        if jax.process_count() > 1:
+            raise InputError("look: a server of several processes does not tell where it looks")
+        with self._arrival():
+            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+            *conversation, last = asked.prompts[0] or [{}]
+            answer = last.get("content") if last.get("role") == "assistant" else None
+            if not isinstance(answer, str):
+                raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
+            length = len((await self._prompt(asked.prompts[0], asked.tools)).tokens)
+            if length > self.worker.engine.context:
+                raise InputError(f"messages: at most {self.worker.engine.context} tokens, got {length}")
+            look = functools.partial(self.model.look, conversation, answer, tools=asked.tools)
+            found = await asyncio.get_running_loop().run_in_executor(self._turns, look)
+        return JSONResponse(told_look(found))
+
     async def warm(self, conversation: list[Any]) -> None:
         """Answer a conversation shortly, which compiles what such ones need."""
         asked = Asked([conversation], {"max_new_tokens": 2}, None, False, False, False)
-        await self._whole(await self._jobs(conversation, asked))
+        async for _ in self._pieces(await self._jobs(conversation, asked)):
+            pass
+        await self._judge(conversation)
 
     # ---- Completions ------------------------------------------------------------------------------------------------
 
     async def chat(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
             asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
-            jobs = await self._prepare(asked)
+            jobs = await self._prepare(asked, "messages")
         return await self._respond(asked, jobs, request, "chat.completion")
 
     async def complete(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
             asked = protocol.text_request(body, self.name)
-            jobs = await self._prepare(asked)
+            jobs = await self._prepare(asked, "prompt")
         return await self._respond(asked, jobs, request, "text_completion")
 
     @contextmanager
@@ -163,17 +203,21 @@ class Service:
         if self.worker.open + self._arriving + more > len(self.worker.engine.slots) + self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
-    async def _prepare(self, asked: Asked) -> list[Job]:
-        """The answers that are asked for, known to fit."""
+    async def _prepare(self, asked: Asked, field: str) -> list[Job]:
+        """The answers that are asked for, known to fit and not to be refused by the guard."""
         jobs = [job for prompt in asked.prompts for job in await self._jobs(prompt, asked)]
         self._admit(len(jobs) - 1)
         for job in jobs:
             self.worker.engine.check(job.request)
+        for prompt in asked.prompts:
+            verdict = await self._judge(as_conversation(prompt, self.tokenizer))
+            if not verdict.safe:
+                raise Refused(400, f"{field}: judged {verdict}", code="content_filter")
         return jobs
 
     async def _respond(self, asked: Asked, jobs: list[Job], request: Request, kind: str) -> Response:
         if asked.stream:
-            events = self.replies.stream(asked, jobs, kind, self._pieces(jobs))
+            events = self.replies.stream(asked, jobs, kind, self._judged(jobs))
             return StreamingResponse(events, media_type="text/event-stream")
         whole = asyncio.ensure_future(self._whole(jobs))
         gone = asyncio.ensure_future(_gone(request))
@@ -204,12 +248,28 @@ class Service:
         for params in protocol.sampling(asked, room, config.stops).each():
             answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
             guide = None if asked.schema is None else await self._aside(self._guide, asked.schema)
-            made.append(Job(await self._aside(engine.Request.of, config, prompt, answer, guide), began))
+            request = await self._aside(engine.Request.of, config, prompt, answer, guide)
+            made.append(Job(request, as_conversation(asked_prompt, self.tokenizer), began))
         return made
 
+    async def _judge(self, conversation: list[Any]) -> Verdict:
+        """What the guard says of a conversation's last turn; safe where there is no guard."""
+        if self.guard is None:
+            return SAFE
+        verdict = await self.guard.judge(conversation)
+        self.metrics.verdicts.labels("safe" if verdict.safe else "unsafe").inc()
+        return verdict
+
     async def _whole(self, jobs: list[Job]) -> None:
-        async for _ in self._pieces(jobs):
+        async for _ in self._judged(jobs):
             pass
+
+    async def _judged(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; in the end each answer is judged."""
+        async for piece in self._pieces(jobs):
+            yield piece
+        for job in jobs:
+            job.verdict = await self._judge([*job.conversation, {"role": "assistant", "content": job.answer.text}])
 
     async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come; left early, all are cancelled."""
@@ -281,10 +341,10 @@ class Service:
                 response = refused.response
             except protocol.ModelNotFound as error:
                 response = JSONResponse(protocol.fault(str(error), "invalid_request_error", "model_not_found"), 404)
+            except (EngineFault, NoVerdict) as error:
+                response = JSONResponse(protocol.fault(str(error), "server_error"), 500)
             except InputError as error:
                 response = JSONResponse(protocol.fault(str(error), "invalid_request_error"), 400)
-            except EngineFault as error:
-                response = JSONResponse(protocol.fault(str(error), "server_error"), 500)
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception:
@@ -323,22 +383,6 @@ class Service:
     async def _aside(self, work: Callable[..., Any], *args: Any) -> Any:
         """Do what takes time outside of the event loop, few at once."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
-
-
-class Keys:
-    """Lets a request pass that bears one of the keys, or asks for /health."""
-
-    def __init__(self, app: Any, keys: tuple[str, ...]):
-        self.app, self.keys = app, [key.encode() for key in keys]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-            equal = [hmac.compare_digest(given, key) for key in self.keys]  # all, so that none is told by time
-            if not any(equal):
-                fault = protocol.fault("a valid key is needed: Authorization: Bearer ...", "authentication_error")
-                return await JSONResponse(fault, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        return await self.app(scope, receive, send)
 
 
 async def _gone(request: Request) -> None:

@@ -31,6 +31,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-host", action="append", default=[], help="fetch pictures from there; may be given again"
     )
+    parser.add_argument(
+        "--guard", metavar="DIR", help="a Llama Guard 3 11B Vision, which judges each conversation and each answer"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     try:
+        import jax
         import uvicorn
 
         from mllama_jax.serve.app import Limits, Service
@@ -58,21 +62,33 @@ def run(args: argparse.Namespace) -> None:
             f"--preset {args.preset}: a slot is one row and this mesh splits rows in {model.groups}; choose serve, or "
             "fewer devices"
         )
+    guard = None
+    if args.guard is not None:
+        if jax.process_count() > 1:
+            raise InputError("--guard: expected one process, several do not run a second model yet; leave it out")
+        guard = load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
     limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
     name = args.name or Path(str(args.model).rstrip("/")).name
-    service = Service(model, name, slots=args.slots, context=args.context, limits=limits)
+    service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
     listening = _listen(args.host, args.port)
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
     shown |= {"model": name, "dtype": args.dtype, "slots": args.slots}
     shown |= {"context": service.worker.engine.context, "queue": args.queue, "image_hosts": args.image_host}
-    print(json.dumps(shown | {"keys": len(keys)}), file=sys.stderr)
+    print(json.dumps(shown | {"guard": args.guard, "keys": len(keys)}), file=sys.stderr)
 
     class Server(uvicorn.Server):
         def capture_signals(self) -> contextlib.nullcontext[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return contextlib.nullcontext()  # `serve` listens for them, and drains
 
     config = uvicorn.Config(
-        service.app(), args.host, args.port, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off"
+        service.app(),
+        args.host,
+        args.port,
+        http="h11",  # which bounds headers, whatever else is installed
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=30,
+        lifespan="off",
     )
     asyncio.run(serve(service, Server(config), listening))
 
@@ -88,7 +104,7 @@ def _listen(host: str, port: int) -> socket.socket:
 async def serve(service: Any, server: Any, listening: socket.socket) -> None:
     """Listen at once, be ready after warming up; on SIGTERM or SIGINT answer what is open, take no more, and stop."""
     loop = asyncio.get_running_loop()
-    service.worker.start()
+    service.start()
     running = asyncio.ensure_future(server.serve(sockets=[listening]))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,7 +121,7 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
         await asyncio.sleep(0.05)
     server.should_exit = True
     await running
-    service.worker.stop()
+    service.stop()
 
 
 async def warm_up(service: Any) -> None:

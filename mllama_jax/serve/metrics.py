@@ -50,6 +50,7 @@ class Metrics:
         self.prompt_tokens = Counter("mllama_prompt_tokens", "Prompt tokens of answered requests.", registry=registry)
         self.generation_tokens = Counter("mllama_generation_tokens", "Tokens that were made.", registry=registry)
         self.finished = Counter("mllama_request_success", "Answers that ended.", ["finished_reason"], registry=registry)
+        self.verdicts = Counter("mllama_guard_verdicts", "What the guard said.", ["verdict"], registry=registry)
         self.responses = Counter("mllama_http_responses", "Responses by status.", ["status"], registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import secrets
@@ -9,8 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
+
+from mllama_jax.errors import InputError
 from mllama_jax.generate import engine
 from mllama_jax.generate.answer import Answer
+from mllama_jax.look import Look
+from mllama_jax.processing.guard import SAFE, Verdict
 from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.serve.protocol import Asked, fault
 from mllama_jax.serve.worker import EngineFault, Piece
@@ -18,16 +24,27 @@ from mllama_jax.serve.worker import EngineFault, Piece
 
 @dataclasses.dataclass
 class Job:
-    """One answer in progress."""
+    """One answer in progress.
+
+    Attributes:
+        conversation: what is answered, as a guard is shown it.
+        verdict: what a guard says of the answer, once it is whole.
+    """
 
     request: engine.Request
+    conversation: list[Any]
     began: float
+    verdict: Verdict = SAFE
     last: float | None = None  # when the last piece came
     seen: int = 0
 
     @property
     def answer(self) -> Answer:
         return self.request.answer
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.answer.finish_reason if self.verdict.safe else "content_filter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +60,11 @@ class Replies:
         choices = []
         for i, job in enumerate(jobs):
             answer, calls = job.answer, None
-            choice: dict[str, Any] = {"index": i, "finish_reason": answer.finish_reason, "logprobs": None}
+            choice: dict[str, Any] = {"index": i, "finish_reason": job.finish_reason, "logprobs": None}
+            if not job.verdict.safe:
+                refusal = {"role": "assistant", "content": None, "refusal": f"the answer was judged {job.verdict}"}
+                choices.append(choice | ({"message": refusal} if chat else {"text": ""}))
+                continue
             if asked.logprobs:
                 choice["logprobs"] = self._logprobs(chat, answer, 0, len(answer.tokens))
             if chat:
@@ -66,7 +87,8 @@ class Replies:
     ) -> AsyncIterator[bytes]:
         """Server-sent events, of pieces with the numbers of their jobs.
 
-        With tools an answer is told when it is whole: only then it is known to be a call.
+        With tools an answer is told when it is whole: only then it is known to be a call. Without them it is told as
+        it grows, and where a guard finds it unsafe in the end, the last event has the finish_reason "content_filter".
         """
         chat = kind == "chat.completion"
         head = header(f"{kind}.chunk" if chat else kind, self.name)
@@ -88,17 +110,30 @@ class Replies:
                 if not asked.tools and (piece.text or logprobs):
                     yield event([choice(i, {"content": piece.text}, logprobs=logprobs)])
             for i, job in enumerate(jobs):
-                calls = tool_calls(job.answer.text) if asked.tools else None
+                calls = tool_calls(job.answer.text) if asked.tools and job.verdict.safe else None
                 if calls:
                     yield event([choice(i, {"tool_calls": [{"index": 0, **call} for call in calls]})])
-                elif asked.tools:
+                elif asked.tools and job.verdict.safe:
                     yield event([choice(i, {"content": job.answer.text})])
-                yield event([choice(i, {}, "tool_calls" if calls else job.answer.finish_reason)])
+                yield event([choice(i, {}, "tool_calls" if calls else job.finish_reason)])
             if asked.usage:
                 yield event([], usage=usage(jobs))
-        except EngineFault as error:
+        except (EngineFault, InputError) as error:
             yield b"data: " + json.dumps(fault(str(error), "server_error")).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+def told_look(look: Look) -> dict[str, Any]:
+    """The words and, for each picture, where they looked: bytes [words, rows, columns] in base64, 255 where a word
+    looked most, and how many columns and rows of these patches the picture covers."""
+    hottest = np.max([view.patches.max(axis=(1, 2)) for view in look.views], axis=0)[:, None, None]
+    views = []
+    for view in look.views:
+        heat = np.rint(255 * view.patches / hottest).astype(np.uint8)
+        _, rows, columns = heat.shape
+        told = {"rows": rows, "columns": columns, "covered": view.covered}
+        views.append(told | {"heat": base64.b64encode(heat.tobytes()).decode()})
+    return {"words": look.words, "views": views}
 
 
 def header(kind: str, model: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from mllama_jax.generate.engine import Engine, Request
 
@@ -29,10 +30,14 @@ class Piece:
 
 
 class Worker:
-    """Runs `Engine.step` while there is something to do. The engine is touched by its thread alone."""
+    """Runs `Engine.step` while there is something to do. The engine is touched by its thread alone.
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    Whatever runs on the same devices takes `turns`, in an executor of one thread: where two dispatch programs at once,
+    the devices of a mesh may begin different ones, and wait for each other for ever.
+    """
+
+    def __init__(self, engine: Engine, turns: Executor | None = None):
+        self.engine, self._turns = engine, turns or ThreadPoolExecutor(1)
         self._orders: deque[Callable[[], None]] = deque()
         self._listeners: dict[Request, Callable[[Piece | EngineFault], None]] = {}
         self._awake, self._stopping, self._failed = threading.Event(), False, 0
@@ -89,7 +94,7 @@ class Worker:
             while not self._stopping and (self._orders or self.engine.busy):
                 while self._orders:
                     self._orders.popleft()()
-                self._step()
+                self._turns.submit(self._step).result()
 
     def _step(self) -> None:
         try:

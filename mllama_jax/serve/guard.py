@@ -1,0 +1,51 @@
+"""A filter in front of the served model: Llama Guard judges conversations, and answers, on the same devices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from mllama_jax.api import Mllama
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.processing.chat import Prompt
+from mllama_jax.processing.guard import ANSWER, Verdict, guard_prompts, joined, read_verdict
+from mllama_jax.processing.tokenizer import Tokenizer
+from mllama_jax.serve.worker import Worker
+
+
+class Guard:
+    """Judges with an engine of its own, whose steps take turns with the served model's.
+
+    Its slots may be as long as its model allows: what the served model may read, the guard reads with its task around.
+    """
+
+    def __init__(self, model: Mllama, *, slots: int, turns: Executor, aside: Callable[..., Awaitable[Any]]):
+        self.model, self.aside = model, aside
+        engine = Engine(model.model, model.params, slots=slots, context=model.config.text.context)
+        self.worker = Worker(engine, turns)
+
+    async def judge(self, conversation: list[Any]) -> Verdict:
+        """What the guard says of the last turn. Raises NoVerdict where it says neither safe nor unsafe."""
+        prompts = await self.aside(guard_prompts, conversation, self.model.tokenizer)
+        return joined(await asyncio.gather(*map(self._ask, prompts)))
+
+    async def _ask(self, prompt: Prompt) -> Verdict:
+        config = self.model.config
+        answer = Answer(SamplingParams(max_new_tokens=ANSWER), config.stops, self.model.tokenizer)
+        request = await self.aside(Request.of, config, prompt, answer)
+        async for _ in self.worker.answer(request):
+            pass
+        return read_verdict(answer.text, whole=answer.finish_reason == "stop")
+
+
+def as_conversation(prompt: Any, tokenizer: Tokenizer) -> list[Any]:
+    """A prompt as a guard is shown it: texts and token ids are what a user says."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if prompt and isinstance(prompt[0], int):
+        return [{"role": "user", "content": tokenizer.decode(prompt)}]
+    return prompt
