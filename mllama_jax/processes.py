@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,12 +34,15 @@ MEETING = int(os.environ.get("MLLAMA_MEETING", "300"))  # seconds to wait for al
 ADVICE = "start all of them with the same coordinator, each with its own number"
 LOST = 4  # the exit code of a process that left because another was lost
 GONE = "another process is gone"
-PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy")
+FAREWELL = 5.0  # seconds for what is to be done before a process leaves
+PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "llguidance")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # that change programs
 
 _LOG = "MLLAMA_JAX_LOG"  # names the log of a process that has an attendant, in its environment
 _COLLECTIVE = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _rounds = itertools.count()
+_farewells: list[Callable[[], None]] = []
+_left = threading.Lock()
 
 
 def join(
@@ -100,7 +103,7 @@ def agree(facts: Mapping[str, str]) -> None:
     """
     import jax
 
-    client, me, n = _client(), *_place()
+    client, me, n = store(), *place()
     if client is None:
         return
     key = f"mllama/agree/{next(_rounds)}"
@@ -123,10 +126,20 @@ def agree(facts: Mapping[str, str]) -> None:
         raise InputError(f"processes differ in {'; '.join(differ)}; start all of them alike")
 
 
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have something done before this process leaves; `FAREWELL` seconds later it leaves all the same."""
+    _farewells.append(action)
+
+
 def leave(code: int, line: str = "") -> None:
-    """End this process at once, without waiting for the others, which notice by themselves."""
+    """End this process, without waiting for the others, which notice by themselves; the first reason counts."""
+    _left.acquire()  # for good: another thread that comes here waits for the end
     if line:
-        print(line, file=sys.stderr)
+        print(line, file=sys.stderr, flush=True)
+    for action in _farewells:
+        thread = threading.Thread(target=action, daemon=True)
+        thread.start()
+        thread.join(FAREWELL)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -141,7 +154,7 @@ def leaving() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _place()[1] == 1:
+        if place()[1] == 1:
             raise
         if isinstance(error, InputError):
             leave(2, str(error))
@@ -229,19 +242,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _client() -> Any:
+def store() -> Any:
     """The key-value store that all processes share, None for one process alone; JAX has no public name for it."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
     """This process's number, and how many there are."""
     from jax._src import distributed
 
     state = distributed.global_state
     return (state.process_id or 0, state.num_processes or 1)
+
+
+def coordinator_host() -> str:
+    """Where process 0 is."""
+    from jax._src import distributed
+
+    return (distributed.global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
 
 
 class _Watch:
@@ -251,7 +271,7 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self.me, self.n = _place()
+        self.me, self.n = place()
         self.seen = dict.fromkeys((i for i in range(self.n) if i != self.me), time.monotonic())
         self.answered = time.monotonic()  # when the store last answered
 
@@ -260,7 +280,7 @@ class _Watch:
             threading.Thread(target=run, daemon=True).start()
 
     def _beat(self) -> None:
-        client, last = _client(), {}
+        client, last = store(), {}
         for count in itertools.count():
             try:
                 client.key_value_set(f"mllama/alive/{self.me}", str(count), allow_overwrite=True)

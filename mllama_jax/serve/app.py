@@ -203,7 +203,7 @@ class Service:
         made = []
         for params in protocol.sampling(asked, room, config.stops).each():
             answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
-            guide = None if asked.schema is None else await self._aside(self._guide, asked.schema)
+            guide = None if asked.schema is None else await self._aside(self.guide, asked.schema)
             made.append(Job(await self._aside(engine.Request.of, config, prompt, answer, guide), began))
         return made
 
@@ -310,7 +310,8 @@ class Service:
             raise Refused(408, f"body: did not come within {self.limits.seconds:.0f} s") from None
         return bytes(body)
 
-    def _guide(self, schema: dict[str, Any]) -> Guide:
+    def guide(self, schema: dict[str, Any]) -> Guide:
+        """What holds an answer to a schema; InputError where it is none."""
         return self._vocabulary.guide(schema)
 
     @functools.cached_property
