@@ -7,6 +7,7 @@ when another has given none for `SILENCE` seconds, or when a collective fails be
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -81,7 +82,9 @@ def join(
     except (RuntimeError, ValueError) as error:
         where = coordinator or "of the environment"
         raise InputError(f"coordinator {where}: cannot meet the other processes ({_short(error)}); {ADVICE}") from None
-    _Watch().start()
+    watch = _Watch()
+    watch.start()
+    atexit.register(watch.end)
     agree({**versions(), **{name: os.environ.get(name, "") for name in FLAGS}, **(facts or {})})
 
 
@@ -274,10 +277,21 @@ class _Watch:
         self.me, self.n = place()
         self.seen = dict.fromkeys((i for i in range(self.n) if i != self.me), time.monotonic())
         self.answered = time.monotonic()  # when the store last answered
+        self.ending = threading.Event()
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._look)]
 
     def start(self) -> None:
-        for run in (self._beat, self._look):
-            threading.Thread(target=run, daemon=True).start()
+        for thread in self.threads:
+            thread.start()
+
+    def end(self) -> None:
+        """Wait for the others to end too, and ask no more: Python would cut a thread off in C++, which aborts."""
+        import jax
+
+        jax.distributed.shutdown()
+        self.ending.set()
+        for thread in self.threads:
+            thread.join(2 * BEAT)
 
     def _beat(self) -> None:
         client, last = store(), {}
@@ -294,11 +308,11 @@ class _Watch:
                     last[i], self.seen[i] = value, now
             if signs:
                 self.answered = now
-            time.sleep(BEAT)
+            if self.ending.wait(BEAT):
+                return
 
     def _look(self) -> None:
-        while True:
-            time.sleep(BEAT)
+        while not self.ending.wait(BEAT):
             now = time.monotonic()
             if now - self.answered > 3 * BEAT:  # process 0 holds the store, without which nobody is heard
                 silent = [0] if now - self.answered > SILENCE else []

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     try:
+        import uvicorn  # noqa: F401  used below, missed here: before the model is loaded
+
         from mllama_jax.serve.app import Limits, Service
         from mllama_jax.serve.hosts import Follower
     except ImportError as error:
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     keys = tuple(key for key in os.environ.get(KEYS, "").split(",") if key)
     join(args)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX, once joined, would note it and go on
     model = load_model(args)
     if model.groups > 1:
         raise InputError(
@@ -69,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
     if not_first():
         Follower(service.worker.engine, service.tokenizer, service.guide).run()
     else:
-        _serve(service, args)
+        _lead(service, args)
 
 
-def _serve(service: Service, args: argparse.Namespace) -> None:
-    """Answer clients, in process 0."""
+def _lead(service: Service, args: argparse.Namespace) -> None:
+    """Answer clients."""
     import uvicorn
 
     from mllama_jax.serve.hosts import Leader

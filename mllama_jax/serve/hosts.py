@@ -163,11 +163,11 @@ class Follower:
         peer = socket.create_connection((coordinator_host(), int(port)), timeout=MEETING)
         peer.sendall(bytes.fromhex(secret))
         self._leader = Connection(peer)
+        for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
+            signal.signal(number, lambda *_: self._leader.send(b""))
 
     def run(self) -> None:
-        """Follow until process 0 ends; asked to end, ask process 0, so that all open requests are answered."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._leader.send(b""))
+        """Follow until process 0 ends."""
         while message := self._leader.receive():
             self._follow(message)
         if message is None:

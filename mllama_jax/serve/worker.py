@@ -109,10 +109,13 @@ class Worker:
                 self._awake.wait()
                 self._awake.clear()
                 while not self._stopping and (self._orders or self.engine.busy):
-                    orders = [self._orders.popleft() for _ in range(len(self._orders))]
-                    self.leader.tell(orders, self._failed)
-                    obey(self.engine, orders)
-                    self._step()
+                    self._turn()
+
+    def _turn(self) -> None:
+        orders = [self._orders.popleft() for _ in range(len(self._orders))]
+        self.leader.tell(orders, self._failed)
+        obey(self.engine, orders)
+        self._step()
 
     def _step(self) -> None:
         try:
