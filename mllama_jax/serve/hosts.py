@@ -4,7 +4,7 @@ What an engine does follows from its calls alone. So each process has one, and b
 others which requests came and which were given up; they do the same, and step. They hear of it over a connection of
 their own: not by a collective, which would keep the devices of an idle server busy and time out, and not through JAX's
 key-value store, which on loopback takes 8 ms for a message and 0.3 s for a picture where a connection takes 0.1 and
-10 ms. A message is JSON and arrays, in safetensors; an empty one asks to go down, or says so.
+10 ms. A message is JSON and arrays, in safetensors; an empty one asks to end, or says so.
 """
 
 from __future__ import annotations
@@ -155,25 +155,26 @@ def _told(request: Request) -> dict[str, Any]:
 class Follower:
     """A process that does what process 0 says. `guide` makes what holds an answer to a schema."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, guide: Callable[[dict[str, Any]], Guide]):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, guide: Callable[[dict[str, Any]], Guide]):
         self.engine, self.tokenizer, self.guide = engine, tokenizer, guide
         self._live: dict[int, Request] = {}
         self._failed = 0
-        port, secret = store().blocking_key_value_get(KEY, 1000 * MEETING).split()
-        peer = socket.create_connection((coordinator_host(), int(port)), timeout=MEETING)
-        peer.sendall(bytes.fromhex(secret))
-        self._leader = Connection(peer)
-        for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
-            signal.signal(number, lambda *_: self._leader.send(b""))
 
     def run(self) -> None:
         """Follow until process 0 ends."""
-        while message := self._leader.receive():
-            self._follow(message)
+        port, secret = store().blocking_key_value_get(KEY, 1000 * MEETING).split()
+        peer = socket.create_connection((coordinator_host(), int(port)), timeout=MEETING)
+        peer.sendall(bytes.fromhex(secret))
+        leader = Connection(peer)
+        for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
+            signal.signal(number, lambda *_: leader.send(b""))
+        while message := leader.receive():
+            self.follow(message)
         if message is None:
             leave(LOST, f"process 0 is gone, so process {place()[0]} leaves")
 
-    def _follow(self, message: bytes) -> None:
+    def follow(self, message: bytes) -> None:
+        """Do what process 0 does in the step that it tells of."""
         arrays = load(message)
         told = json.loads(arrays.pop("").tobytes())
         if told["failed"] != self._failed:
