@@ -3,8 +3,8 @@
 What an engine does follows from its calls alone. So each process has one, and before every step process 0 tells the
 others which requests came and which were given up; they do the same, and step. They hear of it over a connection of
 their own: not by a collective, which would keep the devices of an idle server busy and time out, and not through JAX's
-key-value store, which on loopback takes 8 ms for a message and 0.3 s for a picture where a connection takes 0.1 and
-10 ms. A message is JSON and arrays, in safetensors; an empty one asks to end, or says so.
+key-value store, which on loopback takes 8 ms for a message and 0.4 s for a picture of four tiles where a connection
+takes 0.03 ms and 0.08 s. A message is JSON and arrays, in safetensors; an empty one asks to end, or says so.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Connection:
     def send(self, message: bytes) -> None:
         """To nobody where the peer is gone, which `receive` tells."""
         with contextlib.suppress(OSError):
-            self._socket.sendall(struct.pack("!Q", len(message)) + message)
+            self._socket.sendall(struct.pack("!Q", len(message)))
+            self._socket.sendall(message)
 
     def receive(self) -> bytes | None:
         """The next message; None where the peer is gone."""
