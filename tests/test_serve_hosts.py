@@ -47,7 +47,7 @@ def test_answers_are_those_of_one_process(server: Server, client: openai.OpenAI,
 def test_clients_are_told_of_a_lost_process(server: Server, client: openai.OpenAI, tiny_directory: Path) -> None:
     """Whether they hear a stream or wait; then the server leaves. The last test here, for they share the server."""
     first, second = server[0]
-    told = "a process of this server is gone; it starts again"
+    told = "a process of this server failed; it starts again"
     stream = endless(client, tiny_directory.name, stream=True)
     next(stream)
     with ThreadPoolExecutor(1) as pool:

@@ -119,9 +119,10 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
     told = threading.Event()
 
     def farewell() -> None:
-        service.worker.give_up("a process of this server is gone; it starts again")
-        loop.call_soon_threadsafe(stopping.set)
-        told.wait()
+        with contextlib.suppress(RuntimeError):  # the loop may have ended
+            service.worker.give_up("a process of this server failed; it starts again")
+            loop.call_soon_threadsafe(stopping.set)
+            told.wait()
 
     before_leaving(farewell)
     warm = asyncio.ensure_future(warm_up(service))

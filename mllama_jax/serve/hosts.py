@@ -28,18 +28,19 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from safetensors.numpy import load, save
 
-from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.processes import LOST, MEETING, coordinator_host, leave, place, store
+from mllama_jax.processes import LOST, coordinator_host, leave, place, store
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.tokenizer import Tokenizer
 
 KEY = "mllama/serve"  # in the store: the port where process 0 waits for the others, and what they must show
+DAY = 24 * 3600  # seconds for all to have loaded the model; one that is lost until then is noticed otherwise
 IDLE = 60  # seconds after which an idle connection gives a sign, before firewalls forget it
 
-Order = tuple[Literal["submit", "cancel"], Request]
+What = Literal["submit", "cancel"]
+Order = tuple[What, Request]
 
 
 def obey(engine: Engine, orders: Sequence[Order]) -> None:
@@ -85,7 +86,7 @@ class Leader:
 
     @classmethod
     def of_all(cls) -> Leader:
-        """Waits until all others follow. Raises InputError where they do not come."""
+        """Waits until all others follow."""
         _, n = place()
         if n == 1:
             return cls()
@@ -93,17 +94,16 @@ class Leader:
         family, secret, found = socket.AF_INET6 if dual else socket.AF_INET, secrets.token_bytes(32), []
         with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
             store().key_value_set(KEY, f"{server.getsockname()[1]} {secret.hex()}")
-            server.settimeout(MEETING)
             while len(found) < n - 1:
-                try:
-                    peer, _ = server.accept()
-                except TimeoutError:
-                    raise InputError(f"{n - 1 - len(found)} processes did not follow within {MEETING} s") from None
+                peer, _ = server.accept()
                 peer.settimeout(10)  # a stranger may say nothing
+                shown = b""
                 with contextlib.suppress(OSError):
                     shown = peer.recv(len(secret), socket.MSG_WAITALL)
-                    if hmac.compare_digest(shown, secret):
-                        found.append(Connection(peer))
+                if hmac.compare_digest(shown, secret):
+                    found.append(Connection(peer))
+                else:
+                    peer.close()
         return cls(found)
 
     def watch(self, asked_to_end: Callable[[], None]) -> None:
@@ -163,8 +163,8 @@ class Follower:
 
     def run(self) -> None:
         """Follow until process 0 ends."""
-        port, secret = store().blocking_key_value_get(KEY, 1000 * MEETING).split()
-        peer = socket.create_connection((coordinator_host(), int(port)), timeout=MEETING)
+        port, secret = store().blocking_key_value_get(KEY, 1000 * DAY).split()
+        peer = socket.create_connection((coordinator_host(), int(port)))
         peer.sendall(bytes.fromhex(secret))
         leader = Connection(peer)
         for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
@@ -191,9 +191,7 @@ class Follower:
             self._failed += 1
         self._live = {number: each for number, each in self._live.items() if not each.answer.finish_reason}
 
-    def _order(
-        self, what: Literal["submit", "cancel"], number: int, told: dict[str, Any], pixels: dict[str, np.ndarray]
-    ) -> Order | None:
+    def _order(self, what: What, number: int, told: dict[str, Any], pixels: dict[str, np.ndarray]) -> Order | None:
         """None where a request that has ended is given up."""
         if what == "submit":
             self._live[number] = self._request(told, pixels)
