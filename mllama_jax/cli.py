@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--preset", help="spread the model over all devices: serve, evaluate, long-context, fsdp, fsdp+tensor"
         )
-    for command in (generate, check):
+    for command in (generate, served, check):
         command.add_argument(
             "--join", metavar="auto|HOST:PORT,PROCESS,PROCESSES", help="be one of the processes of a slice or cluster"
         )

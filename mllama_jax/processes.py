@@ -7,6 +7,7 @@ when another has given none for `SILENCE` seconds, or when a collective fails be
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,12 +35,15 @@ MEETING = int(os.environ.get("MLLAMA_MEETING", "300"))  # seconds to wait for al
 ADVICE = "start all of them with the same coordinator, each with its own number"
 LOST = 4  # the exit code of a process that left because another was lost
 GONE = "another process is gone"
-PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy")
+FAREWELL = 5.0  # seconds for what is to be done before a process leaves
+PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "llguidance")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # that change programs
 
 _LOG = "MLLAMA_JAX_LOG"  # names the log of a process that has an attendant, in its environment
 _COLLECTIVE = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _rounds = itertools.count()
+_farewells: list[Callable[[], None]] = []
+_left = threading.Lock()
 
 
 def join(
@@ -78,7 +82,9 @@ def join(
     except (RuntimeError, ValueError) as error:
         where = coordinator or "of the environment"
         raise InputError(f"coordinator {where}: cannot meet the other processes ({_short(error)}); {ADVICE}") from None
-    _Watch().start()
+    watch = _Watch()
+    watch.start()
+    atexit.register(watch.end)
     agree({**versions(), **{name: os.environ.get(name, "") for name in FLAGS}, **(facts or {})})
 
 
@@ -100,7 +106,7 @@ def agree(facts: Mapping[str, str]) -> None:
     """
     import jax
 
-    client, me, n = _client(), *_place()
+    client, me, n = store(), *place()
     if client is None:
         return
     key = f"mllama/agree/{next(_rounds)}"
@@ -123,10 +129,20 @@ def agree(facts: Mapping[str, str]) -> None:
         raise InputError(f"processes differ in {'; '.join(differ)}; start all of them alike")
 
 
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have something done before this process leaves; `FAREWELL` seconds later it leaves all the same."""
+    _farewells.append(action)
+
+
 def leave(code: int, line: str = "") -> None:
-    """End this process at once, without waiting for the others, which notice by themselves."""
+    """End this process, without waiting for the others, which notice by themselves; the first reason counts."""
+    _left.acquire()  # for good: another thread that comes here waits for the end
     if line:
-        print(line, file=sys.stderr)
+        print(line, file=sys.stderr, flush=True)
+    for action in _farewells:
+        thread = threading.Thread(target=action, daemon=True)
+        thread.start()
+        thread.join(FAREWELL)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -141,7 +157,7 @@ def leaving() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _place()[1] == 1:
+        if place()[1] == 1:
             raise
         if isinstance(error, InputError):
             leave(2, str(error))
@@ -229,19 +245,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _client() -> Any:
+def store() -> Any:
     """The key-value store that all processes share, None for one process alone; JAX has no public name for it."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
     """This process's number, and how many there are."""
     from jax._src import distributed
 
     state = distributed.global_state
     return (state.process_id or 0, state.num_processes or 1)
+
+
+def coordinator_host() -> str:
+    """Where process 0 is."""
+    from jax._src import distributed
+
+    return (distributed.global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
 
 
 class _Watch:
@@ -251,16 +274,27 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self.me, self.n = _place()
+        self.me, self.n = place()
         self.seen = dict.fromkeys((i for i in range(self.n) if i != self.me), time.monotonic())
         self.answered = time.monotonic()  # when the store last answered
+        self.ending = threading.Event()
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._look)]
 
     def start(self) -> None:
-        for run in (self._beat, self._look):
-            threading.Thread(target=run, daemon=True).start()
+        for thread in self.threads:
+            thread.start()
+
+    def end(self) -> None:
+        """Wait for the others to end too, and ask no more: Python would cut a thread off in C++, which aborts."""
+        import jax
+
+        jax.distributed.shutdown()
+        self.ending.set()
+        for thread in self.threads:
+            thread.join(2 * BEAT)
 
     def _beat(self) -> None:
-        client, last = _client(), {}
+        client, last = store(), {}
         for count in itertools.count():
             try:
                 client.key_value_set(f"mllama/alive/{self.me}", str(count), allow_overwrite=True)
@@ -274,11 +308,11 @@ class _Watch:
                     last[i], self.seen[i] = value, now
             if signs:
                 self.answered = now
-            time.sleep(BEAT)
+            if self.ending.wait(BEAT):
+                return
 
     def _look(self) -> None:
-        while True:
-            time.sleep(BEAT)
+        while not self.ending.wait(BEAT):
             now = time.monotonic()
             if now - self.answered > 3 * BEAT:  # process 0 holds the store, without which nobody is heard
                 silent = [0] if now - self.answered > SILENCE else []

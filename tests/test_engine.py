@@ -19,6 +19,7 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Request
 from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import Prompt, load_template
+from mllama_jax.serve.hosts import Connection, Follower, Leader, Order, obey
 from mllama_jax.train.pictures import recipe
 from tests.conftest import SMALL
 
@@ -154,6 +155,72 @@ def test_every_schedule_gives_what_each_gets_alone(tiny: Mllama, cases: list[Cas
             finished += 1
     assert not any(slot.request for slot in served.slots)
     assert min(finished / 2, cancelled, failed) > SCHEDULES / 30
+
+
+def never(schema: Any) -> Any:
+    raise NotImplementedError
+
+
+class Heard(Connection):
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.message = b""
+
+    def send(self, message: bytes) -> None:
+        self.message = message
+
+
+@pytest.mark.usefixtures("brisk")
+def test_a_follower_runs_the_same_programs(
+    tiny: Mllama, cases: list[Case], faulty: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that is told of all that comes, goes and fails; devices of several need nothing else."""
+    ran: list[Any] = []
+
+    def noting(name: str, program: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            own = [x for x in args if x is not tiny.model and x is not tiny.params]
+            ran.append((name, [np.asarray(x).tobytes() for x in jax.tree.leaves((own, options)) if np.size(x) < 2000]))
+            return program(*args, **options)
+
+        return run
+
+    for module, names in (
+        (decode, ("encode", "keys_values", "decode")),
+        (slots, ("read", "copy_row", "take_tiles", "put_tiles", "longer")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+
+    def step(engine: Engine) -> int:
+        try:
+            for _ in engine.step():
+                pass
+        except Fault:
+            return 1
+        return 0
+
+    heard, draw, live, failed = Heard(), random.Random(0), [], 0
+    engines = [Engine(tiny.model, tiny.params, slots=3, context=256) for _ in range(2)]
+    leader, follower = Leader([heard]), Follower(engines[1], None, guide=never)
+    for seed in range(120):
+        orders: list[Order] = []
+        if draw.random() < 0.5:
+            live.append(request(tiny, draw.choice(cases)))
+            orders.append(("submit", live[-1]))
+        if live and draw.random() < 0.1:
+            orders.append(("cancel", live.pop(draw.randrange(len(live)))))
+        leader.tell(orders, failed)
+        faulty.seed(seed)
+        obey(engines[0], orders)
+        failed += step(engines[0])
+        ran, led = [], ran
+        faulty.seed(seed)
+        follower.follow(heard.message)
+        assert ran == led
+        ran = []
+    assert failed > 3
 
 
 def serve(engine: Engine, *requests: Request) -> None:

@@ -89,6 +89,13 @@ class Request:
         for image in prompt.images:
             assert config.vision is not None
             pictures.append(Picture(digest_of(image), *preprocess([image], config.vision)))
+        return cls.prepared(config, prompt, answer, pictures, guide)
+
+    @classmethod
+    def prepared(
+        cls, config: MllamaConfig, prompt: Prompt, answer: Answer, pictures: list[Picture], guide: Guide | None
+    ) -> Request:
+        """From pictures that are ready; those of the prompt are not looked at."""
         digests = iter([picture.digest for picture in pictures])
         marks = [next(digests) if token == config.image_token else token for token in prompt.tokens]
         return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token), guide)

@@ -247,7 +247,7 @@ class Service:
         made = []
         for params in protocol.sampling(asked, room, config.stops).each():
             answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
-            guide = None if asked.schema is None else await self._aside(self._guide, asked.schema)
+            guide = None if asked.schema is None else await self._aside(self.guide, asked.schema)
             request = await self._aside(engine.Request.of, config, prompt, answer, guide)
             made.append(Job(request, as_conversation(asked_prompt, self.tokenizer), began))
         return made
@@ -370,7 +370,8 @@ class Service:
             raise Refused(408, f"body: did not come within {self.limits.seconds:.0f} s") from None
         return bytes(body)
 
-    def _guide(self, schema: dict[str, Any]) -> Guide:
+    def guide(self, schema: dict[str, Any]) -> Guide:
+        """What holds an answer to a schema; InputError where it is none."""
         return self._vocabulary.guide(schema)
 
     @functools.cached_property

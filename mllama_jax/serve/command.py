@@ -11,10 +11,15 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllama_jax.errors import InputError
+from mllama_jax.processes import before_leaving
+
+if TYPE_CHECKING:
+    from mllama_jax.serve.app import Service
 
 KEYS = "MLLAMA_API_KEYS"  # in the environment, separated by commas
 
@@ -46,35 +51,50 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     try:
         import jax
-        import uvicorn
+        import uvicorn  # noqa: F401  used below, missed here: before the model is loaded
 
         from mllama_jax.serve.app import Limits, Service
+        from mllama_jax.serve.hosts import Follower
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mllama-jax[serve]'") from None
-    from mllama_jax.cli import load_model
+    from mllama_jax.cli import join, load_model, not_first
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
     keys = tuple(key for key in os.environ.get(KEYS, "").split(",") if key)
+    join(args)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX, once joined, would note it and go on
+    if args.guard is not None and jax.process_count() > 1:
+        raise InputError("--guard: expected one process, several do not run a second model yet; leave it out")
     model = load_model(args)
     if model.groups > 1:
         raise InputError(
             f"--preset {args.preset}: a slot is one row and this mesh splits rows in {model.groups}; choose serve, or "
             "fewer devices"
         )
-    guard = None
-    if args.guard is not None:
-        if jax.process_count() > 1:
-            raise InputError("--guard: expected one process, several do not run a second model yet; leave it out")
-        guard = load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
+    guard = None if args.guard is None else load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
     limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
-    listening = _listen(args.host, args.port)
+    if not_first():
+        Follower(service.worker.engine, service.tokenizer, service.guide).run()
+    else:
+        _lead(service, args)
+
+
+def _lead(service: Service, args: argparse.Namespace) -> None:
+    """Answer clients."""
+    import uvicorn
+
+    from mllama_jax.serve.hosts import Leader
+
+    listening, worker = _listen(args.host, args.port), service.worker
+    worker.leader = Leader.of_all()
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
-    shown |= {"model": name, "dtype": args.dtype, "slots": args.slots}
-    shown |= {"context": service.worker.engine.context, "queue": args.queue, "image_hosts": args.image_host}
-    print(json.dumps(shown | {"guard": args.guard, "keys": len(keys)}), file=sys.stderr)
+    shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(worker.leader.followers)}
+    shown |= {"slots": args.slots, "context": worker.engine.context, "queue": args.queue}
+    shown |= {"image_hosts": args.image_host, "guard": args.guard, "keys": len(service.limits.keys)}
+    print(json.dumps(shown), file=sys.stderr)
 
     class Server(uvicorn.Server):
         def capture_signals(self) -> contextlib.nullcontext[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -109,6 +129,16 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    service.worker.leader.watch(lambda: loop.call_soon_threadsafe(stopping.set))
+    told = threading.Event()
+
+    def farewell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop may have ended
+            service.worker.give_up("a process of this server failed; it starts again")
+            loop.call_soon_threadsafe(stopping.set)
+            told.wait()
+
+    before_leaving(farewell)
     warm = asyncio.ensure_future(warm_up(service))
     stop = asyncio.ensure_future(stopping.wait())
     await asyncio.wait([running, stop, warm], return_when=asyncio.FIRST_COMPLETED)
@@ -121,6 +151,7 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
         await asyncio.sleep(0.05)
     server.should_exit = True
     await running
+    told.set()
     service.stop()
 
 

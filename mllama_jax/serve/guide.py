@@ -37,14 +37,14 @@ class Vocabulary:
                 raise ValueError(wrong)
         except ValueError as error:
             raise InputError(f"response_format: {' '.join(str(error).split())[:200]}") from None
-        return Guide(LLMatcher(self._tokenizer, grammar), self)
+        return Guide(LLMatcher(self._tokenizer, grammar), self, schema)
 
 
 class Guide:
     """What an answer may go on with, as its tokens come."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary):
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, schema: dict[str, Any]):
+        self._matcher, self._vocabulary, self.schema = matcher, vocabulary, schema
 
     def mask(self) -> np.ndarray:
         """bool [V], the tokens that may come next."""

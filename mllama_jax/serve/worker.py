@@ -10,7 +10,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 
+from jax.errors import JaxRuntimeError
+
 from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.processes import leaving
+from mllama_jax.serve.hosts import Leader, Order, obey
 
 log = logging.getLogger("mllama_jax.serve")
 
@@ -34,23 +38,37 @@ class Worker:
 
     Whatever runs on the same devices takes `turns`, in an executor of one thread: where two dispatch programs at once,
     the devices of a mesh may begin different ones, and wait for each other for ever.
+
+    Attributes:
+        leader: tells other processes what to do.
     """
 
     def __init__(self, engine: Engine, turns: Executor | None = None):
-        self.engine, self._turns = engine, turns or ThreadPoolExecutor(1)
-        self._orders: deque[Callable[[], None]] = deque()
+        self.engine, self.leader, self._turns = engine, Leader(), turns or ThreadPoolExecutor(1)
+        self._orders: deque[Order] = deque()
         self._listeners: dict[Request, Callable[[Piece | EngineFault], None]] = {}
-        self._awake, self._stopping, self._failed = threading.Event(), False, 0
+        self._awake, self._stopping = threading.Event(), False
+        self._failed = self._in_a_row = 0  # steps
+        self._lost: EngineFault | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step that it is in."""
+        """End the thread after the step that it is in, and the other processes. Raises EngineFault after `give_up`."""
+        if self._lost:
+            raise self._lost
         self._stopping = True
         self._awake.set()
         self._thread.join()
+        self.leader.end()
+
+    def give_up(self, why: str) -> None:
+        """Tell everyone that there will be no answer, from another thread: the engine's may be in a step forever."""
+        self._lost = EngineFault(why)
+        for listen in list(self._listeners.values()):
+            listen(self._lost)
 
     @property
     def open(self) -> int:
@@ -63,13 +81,15 @@ class Worker:
         Raises InputError where it cannot fit a slot, EngineFault where the engine failed on it.
         """
         self.engine.check(request)
+        if self._lost:
+            raise self._lost
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | EngineFault]()
 
         def listen(piece: Piece | EngineFault) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, piece)
 
         self._listeners[request] = listen
-        self._order(lambda: self.engine.submit(request))
+        self._order(("submit", request))
         ended = False
         try:
             while not ended:
@@ -81,37 +101,45 @@ class Worker:
         finally:
             self._listeners.pop(request, None)
             if not ended:
-                self._order(lambda: self.engine.cancel(request))
+                self._order(("cancel", request))
 
-    def _order(self, order: Callable[[], None]) -> None:
+    def _order(self, order: Order) -> None:
         self._orders.append(order)
         self._awake.set()
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._awake.wait()
-            self._awake.clear()
-            while not self._stopping and (self._orders or self.engine.busy):
-                while self._orders:
-                    self._orders.popleft()()
-                self._turns.submit(self._step).result()
+        with leaving():
+            while not self._stopping:
+                self._awake.wait()
+                self._awake.clear()
+                while not self._stopping and (self._orders or self.engine.busy):
+                    self._turn()
+
+    def _turn(self) -> None:
+        orders = [self._orders.popleft() for _ in range(len(self._orders))]
+        self.leader.tell(orders, self._failed)
+        obey(self.engine, orders)
+        self._turns.submit(self._step).result()
 
     def _step(self) -> None:
         try:
             for request, text in self.engine.step():
                 if listen := self._listeners.get(request):
                     listen(Piece(text, len(request.answer.tokens)))
-            self._failed = 0
-        except Exception:
+            self._in_a_row = 0
+        except Exception as error:
+            if self.leader.followers and isinstance(error, JaxRuntimeError):
+                raise  # the others need not have met it, and their devices would wait for ours
             self._failed += 1
-            log.exception("a step failed, %d in a row", self._failed)
-            if self._failed >= ATTEMPTS:
+            self._in_a_row += 1
+            log.exception("a step failed, %d in a row", self._in_a_row)
+            if self._in_a_row >= ATTEMPTS:
                 self._blame()
 
     def _blame(self) -> None:
         """Give up the request that came last, so that those before it may go on."""
-        self._failed = 0
+        self._in_a_row = 0
         if (request := self.engine.newest()) is not None:
-            self.engine.cancel(request)
+            self._orders.appendleft(("cancel", request))
             if listen := self._listeners.get(request):
                 listen(EngineFault("the engine failed on this request"))
