@@ -1,13 +1,15 @@
-"""Two real processes on loopback that train together are one: its losses, its checkpoints, and they end together."""
+"""Two real processes on loopback that train together are as one, whichever of them ends; what they cannot share."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from mllama_jax.train.command import PREEMPTED
 from tests.test_processes import children, free_port
 from tests.training import line, write
 
+ROOT = Path(__file__).parents[2]
 STEPS = 40
 
 
 class Pair:
     """Two processes that train by a recipe into `out`; none is left behind."""
 
-    def __init__(self, *recipes: Path, out: Path, cache: Path):
+    def __init__(self, *recipes: Path, out: Path, cache: Path, folders: Sequence[Path] = (ROOT, ROOT)):
+        """They run in `folders`, where relative paths lead them to different places."""
         coordinator = f"127.0.0.1:{free_port()}"
         flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
         self.out = out
@@ -37,7 +41,11 @@ class Pair:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(cache)},
+                cwd=folders[number],
+                env={
+                    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(cache),
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                },
             )
             for number, recipe in enumerate(recipes)
         ]  # fmt: skip
@@ -112,3 +120,31 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
     assert tuned.keys() == expected.keys()
     for name, array in tuned.items():
         np.testing.assert_allclose(array, expected[name], atol=1e-4)
+
+
+def test_processes_that_do_not_share_are_told(recipe: Path, tmp_path: Path) -> None:
+    """Other chats under the same name, and a folder for the run that each has for itself."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(recipe.parent, folder)
+    alike = [Path("recipe.toml")] * 2
+    with Pair(*alike, out=Path("out"), cache=tmp_path / "cache", folders=folders) as apart:
+        first, second = apart.ended()
+    assert (first[0], second[0]) == (LOST, 2)
+    assert second[2] == "out: not what process 0 writes to; processes need a directory that they all share\n"
+    (folders[1] / "chats.jsonl").write_text(json.dumps(line(0)) + "\n")
+    with Pair(*alike, out=tmp_path / "out", cache=tmp_path / "cache", folders=folders) as differ:
+        ended = differ.ended()
+    assert [code for code, _, _ in ended] == [2, 2]
+    for _, _, error in ended:
+        assert error.startswith("processes differ in chats.jsonl: ")
+        assert error.count("\n") == 1
+
+
+def test_processes_without_a_mesh_are_told(recipe: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "recipe.toml"
+    alone.write_text(recipe.read_text().replace('preset = "fsdp"\n', ""))
+    with Pair(alone, alone, out=tmp_path / "out", cache=tmp_path / "cache") as pair:
+        for code, _, error in pair.ended():
+            assert code == 2
+            assert error == ("preset: missing; several processes train on one mesh, used as fsdp, fsdp+tensor, serve\n")
