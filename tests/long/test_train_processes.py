@@ -29,7 +29,7 @@ STEPS = 40
 class Pair:
     """Two processes that train by a recipe into `out`; none is left behind."""
 
-    def __init__(self, *recipes: Path, out: Path, cache: Path, folders: Sequence[Path] = (ROOT, ROOT)):
+    def __init__(self, *recipes: Path, out: Path, folders: Sequence[Path] = (ROOT, ROOT)):
         """They run in `folders`, where relative paths lead them to different places."""
         coordinator = f"127.0.0.1:{free_port()}"
         flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
@@ -43,7 +43,7 @@ class Pair:
                 text=True,
                 cwd=folders[number],
                 env={
-                    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(cache),
+                    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
                     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 },
             )
@@ -90,14 +90,14 @@ def recipe(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
     """Also where one is killed, and where one alone is told to end: both save the same step, and go on from it."""
-    cache, out = tmp_path / "cache", tmp_path / "two"
-    with Pair(recipe, out=tmp_path / "one", cache=cache) as one:
+    out = tmp_path / "two"
+    with Pair(recipe, out=tmp_path / "one") as one:
         assert [each[0] for each in one.ended()] == [0]
-    with Pair(recipe, recipe, out=out, cache=cache) as killed:
+    with Pair(recipe, recipe, out=out) as killed:
         killed.at(12)
         os.kill(children(killed.processes[1])[0], signal.SIGKILL)
         assert killed.ended()[0][0] == LOST
-    with Pair(recipe, recipe, out=out, cache=cache) as told:
+    with Pair(recipe, recipe, out=out) as told:
         told.at(22)
         told.processes[1].send_signal(signal.SIGTERM)
         ended = told.ended()
@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
     for code, _, error in ended:
         assert code == PREEMPTED
         assert f"{out}: told to end; step {saved} is saved, the same command goes on from it\n" in error
-    with Pair(recipe, recipe, out=out, cache=cache) as last:
+    with Pair(recipe, recipe, out=out) as last:
         first, second = last.ended()
     assert (first[0], second) == (0, (0, "", ""))
     assert first[1].startswith(f"{out / 'adapter'}: {STEPS} steps, loss ")
@@ -128,12 +128,12 @@ def test_processes_that_do_not_share_are_told(recipe: Path, tmp_path: Path) -> N
     for folder in folders:
         shutil.copytree(recipe.parent, folder)
     alike = [Path("recipe.toml")] * 2
-    with Pair(*alike, out=Path("out"), cache=tmp_path / "cache", folders=folders) as apart:
+    with Pair(*alike, out=Path("out"), folders=folders) as apart:
         first, second = apart.ended()
     assert (first[0], second[0]) == (LOST, 2)
     assert second[2] == "out: not what process 0 writes to; processes need a directory that they all share\n"
     (folders[1] / "chats.jsonl").write_text(json.dumps(line(0)) + "\n")
-    with Pair(*alike, out=tmp_path / "out", cache=tmp_path / "cache", folders=folders) as differ:
+    with Pair(*alike, out=tmp_path / "out", folders=folders) as differ:
         ended = differ.ended()
     assert [code for code, _, _ in ended] == [2, 2]
     for _, _, error in ended:
@@ -144,7 +144,7 @@ def test_processes_that_do_not_share_are_told(recipe: Path, tmp_path: Path) -> N
 def test_processes_without_a_mesh_are_told(recipe: Path, tmp_path: Path) -> None:
     alone = tmp_path / "recipe.toml"
     alone.write_text(recipe.read_text().replace('preset = "fsdp"\n', ""))
-    with Pair(alone, alone, out=tmp_path / "out", cache=tmp_path / "cache") as pair:
+    with Pair(alone, alone, out=tmp_path / "out") as pair:
         for code, _, error in pair.ended():
             assert code == 2
             assert error == ("preset: missing; several processes train on one mesh, used as fsdp, fsdp+tensor, serve\n")
