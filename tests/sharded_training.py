@@ -23,7 +23,7 @@ def curve(recipe: Recipe) -> tuple[list[float], Any]:
     """The loss of each step, and the state behind the last."""
     trainer = Trainer.of(recipe)
     reader = trainer.batches.read()
-    return [float(trainer.update(next(reader)).loss) for _ in range(STEPS)], trainer.state
+    return [float(trainer.update(trainer.place(next(reader))).loss) for _ in range(STEPS)], trainer.state
 
 
 def main(file: str) -> None:

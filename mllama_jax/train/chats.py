@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -131,6 +132,7 @@ class Chats:
         lines: int [n], numbers of the lines that are used, from 1.
         lengths, pictures: int [n], of the longest row and of the one with most pictures.
         dropped, cut: how many were too long.
+        digest: of all bytes.
     """
 
     def __init__(self, path: str | os.PathLike[str], reader: Reader):
@@ -139,6 +141,7 @@ class Chats:
             raise InputError(f"{path}: no such file; expected chats in JSON Lines")
         found: list[tuple[int, int, int, int]] = []
         self.dropped = self.cut = 0
+        digest = hashlib.sha256()
         with (
             open(self.path, "rb") as file,
             tqdm(
@@ -147,6 +150,7 @@ class Chats:
         ):
             start = 0
             for number, line in enumerate(file, start=1):
+                digest.update(line)
                 if line.strip():
                     rows = self._rows(line, number)
                     self.dropped += rows is None
@@ -163,6 +167,7 @@ class Chats:
                 else f"{path}: no chats in it; expected one a line"
             )
         self.lines, self.starts, self.lengths, self.pictures = np.array(found, np.int64).T
+        self.digest = digest.hexdigest()
 
     def _rows(self, line: bytes, number: int) -> list[Row] | None:
         try:

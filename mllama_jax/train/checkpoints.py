@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mllama_jax.errors import InputError
+from mllama_jax.processes import agree
 from mllama_jax.train.recipe import Recipe
 from mllama_jax.train.step import TrainState
 
@@ -21,12 +22,15 @@ RECIPE = "recipe.json"
 class Checkpoints:
     """The checkpoints under `out`, written while training goes on; the last and the best `keep` stay.
 
-    A directory that holds those of another recipe is refused.
+    A directory that holds those of another recipe is refused, and one that only some of several processes see.
     """
 
     def __init__(self, out: Path, recipe: Recipe):
         self.out = out.absolute()
         _same_recipe(self.out / RECIPE, recipe)
+        agree({})  # all wait until the first has written it
+        if not (self.out / RECIPE).exists():
+            raise InputError(f"{out}: not what process 0 writes to; processes need a directory that they all share")
         policy = AnyPreservationPolicy(
             [
                 LatestN(recipe.keep),

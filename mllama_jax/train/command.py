@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     try:
-        from mllama_jax.cli import use_compilation_cache
+        from mllama_jax.cli import not_first, use_compilation_cache
         from mllama_jax.processes import join_by_name
         from mllama_jax.train.recipe import read_recipe
         from mllama_jax.train.trainer import Preempted, train
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int | None:
     except Preempted as notice:
         print(f"mllama train: {notice}", file=sys.stderr)
         return PREEMPTED
+    if not_first():  # the first process speaks for all
+        return None
     if args.json:
         print(json.dumps(report))
         return None

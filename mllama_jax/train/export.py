@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.convert.apply import Parameter, paths
@@ -27,8 +28,14 @@ def write_trained(out: Path, recipe: Recipe, config: MllamaConfig, params: Param
     """
     params = on_host(params)
     place = out / ("adapter" if recipe.part == "lora" else "model")
-    if jax.process_index() > 0:
-        return place
+    if jax.process_index() == 0:
+        _write(place, recipe, config, params)
+    if jax.process_count() > 1:  # JAX gives those that are done before others seconds only
+        multihost_utils.sync_global_devices("trained parameters are written")
+    return place
+
+
+def _write(place: Path, recipe: Recipe, config: MllamaConfig, params: Params) -> None:
     unfinished = place.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     if recipe.part == "lora":
@@ -41,4 +48,3 @@ def write_trained(out: Path, recipe: Recipe, config: MllamaConfig, params: Param
         write(dataclasses.replace(model, parameters={**model.parameters, **trained}), unfinished, "hf", "writing")
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
-    return place

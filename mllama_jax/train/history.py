@@ -41,7 +41,8 @@ class History:
 
     def __enter__(self) -> History:
         self.last = time.monotonic()
-        self.bar = tqdm(total=self.recipe.steps, initial=self.begun, unit="step", desc=str(self.out), disable=None)
+        hidden = None if self.first else True
+        self.bar = tqdm(total=self.recipe.steps, initial=self.begun, unit="step", desc=str(self.out), disable=hidden)
         if self.first:
             unfinished = (self.out / FILE).with_suffix(".unfinished")
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.steps))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.loading import load, preset_mesh
 from mllama_jax.model.layers import REMAT
 from mllama_jax.model.mllama import Params
+from mllama_jax.processes import agree
 from mllama_jax.sharding.rules import Rules
 from mllama_jax.train.batch import Batch
 from mllama_jax.train.chats import Chats, Reader
@@ -79,6 +80,8 @@ class Trainer:
     @classmethod
     def of(cls, recipe: Recipe) -> Trainer:
         """Load the model and look through the data. Raises InputError."""
+        if recipe.preset is None and jax.process_count() > 1:
+            raise InputError("preset: missing; several processes train on one mesh, used as fsdp, fsdp+tensor, serve")
         mesh = preset_mesh(recipe.model, recipe.preset) if recipe.preset else None
         config = read_config(open_checkpoint(recipe.model))
         loaded = load(
@@ -101,18 +104,22 @@ class Trainer:
         )  # fmt: skip
         batches = _batches(recipe, recipe.data, reader, mine, recipe.steps)
         held_out = None if recipe.held_out is None else _batches(recipe, recipe.held_out, reader, mine, None)
+        agree({str(each.chats.path): each.chats.digest for each in (batches, held_out) if each is not None})
         params, frozen = start(recipe, loaded)
         loss, optimizer = functools.partial(part_loss, recipe, model), optimizer_of(recipe)
         state = TrainState.of(params, optimizer)
+        if rules is not None:  # counts are made on no mesh, and a checkpoint would bring them back so
+            state = jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, rules.sharding()), state)
         return cls(recipe, loaded, frozen, state, train_step(loss, optimizer), jax.jit(loss), batches, held_out, mine)
 
     def place(self, batches: Batch) -> Batch:
+        """A step's batches as `Batches` makes them, on the devices of all processes."""
         rules = self.loaded.model.constrain
         return placed(batches, self.recipe.samples, self.mine, rules if isinstance(rules, Rules) else None)
 
     def update(self, batches: Batch) -> Report:
-        """One step on batches as `Batches` makes them."""
-        self.state, report = self.step(self.state, self.frozen, self.place(batches))
+        """One step on batches that `place` has placed."""
+        self.state, report = self.step(self.state, self.frozen, batches)
         return report
 
     def evaluate(self) -> float:
@@ -140,12 +147,18 @@ class Preempted(Exception):
 
 
 @contextmanager
-def _notice() -> Iterator[list[int]]:
-    """SIGTERM is noted in the list instead of ending the process."""
+def _notice() -> Iterator[Callable[[int], bool]]:
+    """Whether, at a step, this process or one that trains with it has had SIGTERM, which ends none of them here.
+
+    Of several processes it is JAX that catches the signal, and finds a step that all of them still reach.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     noted: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
     try:
-        yield noted
+        yield lambda step: bool(noted)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -167,8 +180,8 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         trainer.state = found[0]
         reader.set_state(found[1])
     history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
-    with _notice() as noted, history:
-        _run(trainer, reader, checkpoints, history, noted)
+    with _notice() as noticed, history:
+        _run(trainer, reader, checkpoints, history, noticed)
     checkpoints.close()
     result = write_trained(out, recipe, trainer.loaded.config, trainer.state.params)
     return {
@@ -179,13 +192,15 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
     }
 
 
-def _run(trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: History, noted: list[int]) -> None:
+def _run(
+    trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: History, noticed: Callable[[int], bool]
+) -> None:
     recipe, begun = trainer.recipe, int(trainer.state.step)
     for step in range(begun + 1, recipe.steps + 1):
-        batches = next(reader)
+        batches = trainer.place(next(reader))
         report = trainer.update(batches)
         _check(trainer, step, report)
-        leaving = bool(noted) if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        leaving = noticed(step)
         due = step % recipe.save_every == 0 or step == recipe.steps
         loss = trainer.evaluate() if due and trainer.held_out is not None else None
         history.add(step, batches, report, loss)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mllama_jax.cli import main
 from tests.training import Line, line, write
@@ -21,15 +19,6 @@ ROOT = Path(__file__).parents[2]
 
 def history(out: Path) -> list[dict[str, float]]:
     return [json.loads(each) for each in (out / "history.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One cache of compiled programs for all runs here, and none for the tests after them."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    reset_cache()
 
 
 def test_a_run_that_is_ended_anywhere_ends_as_one_that_is_not(tiny_directory: Path, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Which checkpoints of a run stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mllama_jax.train.checkpoints import Checkpoints
+from mllama_jax.train.recipe import Recipe
+from mllama_jax.train.step import TrainState
+
+RECIPE = Recipe(model="model", data="chats.jsonl", part="lora", steps=9, keep=2)
+
+
+def state(step: int) -> TrainState:
+    made = TrainState.of({"kernel": jnp.full(3, float(step))}, optax.adam(1.0))
+    return made.replace(step=jnp.int32(step))
+
+
+def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+    """Also where the last came between two evaluations, as when a run is told to end."""
+    checkpoints = Checkpoints(tmp_path / "run", RECIPE)
+    for step, loss in enumerate([0.5, 0.9, 0.2, 0.8, 0.7, None], start=1):
+        checkpoints.save(state(step), {"next": step}, loss)
+    checkpoints.close()
+    assert {each.name for each in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3", "5", "6"}
+    found = Checkpoints(tmp_path / "run", RECIPE).latest(state(0))
+    assert found is not None
+    restored, reader = found
+    assert (int(restored.step), reader) == (6, {"next": 6})
+    np.testing.assert_array_equal(restored.params["kernel"], np.full(3, 6.0))
