@@ -341,7 +341,7 @@ def test_where_an_answer_looks(url: str, model: Mllama) -> None:
 def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
     status, told = post(url, "/v1/completions", {"prompt": [5] * 512})
     assert (status, told["error"]["message"][:18]) == (400, "512 prompt tokens ")
-    assert post(url, "/v1/completions", {"prompt": [5] * 511})[0] == 200
+    assert post(url, "/v1/completions", {"prompt": [5] * 511, "max_tokens": 1})[0] == 200
 
 
 def test_pictures_of_all_shapes(client: openai.OpenAI) -> None:
@@ -381,6 +381,11 @@ def test_clients_that_leave_free_their_slots(url: str) -> None:
 def test_keys_a_full_queue_and_a_sigterm(start: Start) -> None:
     """Without a key only /health and the page answer; one slot and a queue of one take two; SIGTERM lets these end."""
     process, url = start("--slots", "1", "--queue", "1", "--context", "512", MLLAMA_API_KEYS="other,secret")
+    for path, status in (("/", 200), ("/health", 200), ("/ready", 401), ("/metrics", 401), ("/v1/models", 401)):
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        connection.request("GET", path)
+        assert connection.getresponse().status == status
+        connection.close()
     assert post(url, "/v1/chat/completions", HELLO)[0] == 401
     assert post(url, "/v1/chat/completions", HELLO, Authorization="Bearer wrong")[0] == 401
     assert post(url, "/v1/chat/completions", HELLO, Authorization="Bearer secret")[0] == 200
