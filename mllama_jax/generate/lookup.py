@@ -8,6 +8,7 @@ without probabilities.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -77,10 +78,8 @@ def decode(
             state, going = carry
             logits, guessed = place
             after, made = choose(logits, state, settings, top)
-            after = after.replace(position=state.position + 1)
-            state = jax.tree.map(
-                lambda new, old: jnp.where(going.reshape(-1, *(1,) * (new.ndim - 1)), new, old), after, state
-            )
+            after = dataclasses.replace(after, position=state.position + 1)
+            state: State = jax.tree.map(functools.partial(_chosen, going), after, state)
             return (state, going & ~state.done & (made.token == guessed)), (made, going)
 
         nothing = jnp.full((rows, 1), -1, jnp.int32)
@@ -96,7 +95,7 @@ def decode(
     return jax.lax.while_loop(more, step, (state, written, *nothing))
 
 
-def choose_rows(which: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+def _chosen(which: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """The rows of `new` [B, ...] where `which` [B], of `old` elsewhere."""
     return jnp.where(which.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
