@@ -117,5 +117,5 @@ def test_what_cannot_be_guessed_is_refused(tiny: Mllama) -> None:
 def test_a_stream_is_what_generate_gives(tiny: Mllama) -> None:
     conversation = [{"role": "user", "content": "one two one two one"}]
     settings: dict[str, Any] = {"max_new_tokens": 40, "logit_bias": FEW, "stop_ids": ()}
-    (plain,) = tiny.generate([conversation], **settings)
-    assert "".join(tiny.stream(conversation, lookup=4, **settings)) == plain.text
+    (whole,) = tiny.generate([conversation], lookup=4, **settings)
+    assert "".join(tiny.stream(conversation, lookup=4, **settings)) == whole.text

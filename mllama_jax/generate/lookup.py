@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mllama_jax.errors import InputError
 from mllama_jax.generate.decode import Made, State, choose, columns_of
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.model.cache import CrossCache
@@ -21,6 +22,13 @@ from mllama_jax.model.mllama import MllamaModel, Params, call
 
 NGRAM = 3  # the most tokens by which a place is found
 AT_MOST = 32  # tokens guessed at once
+
+
+def checked(lookup: int) -> int:
+    """How many tokens to guess at once. Raises InputError where it is no number from 0 to AT_MOST."""
+    if isinstance(lookup, bool) or not isinstance(lookup, int) or not 0 <= lookup <= AT_MOST:
+        raise InputError(f"lookup must be an integer from 0 to {AT_MOST}, got {lookup!r}")
+    return lookup
 
 
 def guess(tokens: jax.Array, last: jax.Array, k: int) -> jax.Array:
