@@ -24,7 +24,7 @@ from mllama_jax.generate.batch import Rows, bucket, make_rows
 from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
 from mllama_jax.generate.decoding import blocks
-from mllama_jax.generate.lookup import AT_MOST
+from mllama_jax.generate.lookup import checked
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.look import Look, view, words_of
 from mllama_jax.model.cache import CrossCache
@@ -165,7 +165,7 @@ class Mllama:
         """As `generate`, of conversations that `prompt` has read, or prompts of one's own."""
         each = [(prompt, one) for prompt, all_n in zip(prompts, params, strict=True) for one in all_n.each()]
         own_prompts, own_params = [prompt for prompt, _ in each], [one for _, one in each]
-        answers = self._answers(own_prompts, own_params, self._tokenizer(), _checked_lookup(lookup))
+        answers = self._answers(own_prompts, own_params, self._tokenizer(), checked(lookup))
         return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
 
     def stream(
@@ -179,7 +179,7 @@ class Mllama:
         if params.n != 1:
             raise InputError(f"n must be 1 to stream, got {params.n}")
         (answer,) = self._start([params], self._tokenizer())
-        blocks = self._blocks([prompt], [answer], _checked_lookup(lookup))
+        blocks = self._blocks([prompt], [answer], checked(lookup))
         return (piece for block, (columns, *_) in blocks if (piece := answer.push(block, 0, columns)))
 
     def chat(self, *, tools: Tools | None = None) -> Chat:
@@ -322,12 +322,6 @@ class Mllama:
 
 def _shows(parts: Sequence[Any]) -> bool:
     return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
-
-
-def _checked_lookup(lookup: int) -> int:
-    if isinstance(lookup, bool) or not isinstance(lookup, int) or not 0 <= lookup <= AT_MOST:
-        raise InputError(f"lookup must be an integer from 0 to {AT_MOST}, got {lookup!r}")
-    return lookup
 
 
 def _check_list(name: str, value: Any) -> None:

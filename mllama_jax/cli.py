@@ -188,9 +188,10 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from mllama_jax.generate.lookup import checked
     from mllama_jax.processing.image import open_image
 
-    sampling = _sampling(args)
+    sampling, lookup = _sampling(args), checked(args.lookup)
     if args.look is not None:
         _check_look(args.look, args.image)
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
@@ -201,13 +202,13 @@ def _generate(args: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
-        completion = model.generate([conversation], lookup=args.lookup, **sampling)[0]
+        completion = model.generate([conversation], lookup=lookup, **sampling)[0]
         seconds = round(time.monotonic() - start, 3)
         report = {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
         print(json.dumps(report))
         answer = completion.text
     else:
-        pieces = model.stream(conversation, lookup=args.lookup, **sampling)
+        pieces = model.stream(conversation, lookup=lookup, **sampling)
         with stage("reading the prompt (compiles on first use)"):
             answer = next(pieces, "")
         print(answer, end="", flush=True)

@@ -153,6 +153,7 @@ def test_bad_pictures(run: Run, small_directory: Path, tmp_path: Path, photo: Pa
         ("--top-k", "-3", "top_k must be at least 0, got -3"),
         ("--max-new-tokens", "0", "max_new_tokens must be at least 1, got 0"),
         ("--max-new-tokens", "1000", "exceed the context of 512"),
+        ("--lookup", "33", "lookup must be an integer from 0 to 32, got 33"),
         ("--dtype", "int3", "dtype must be one of bfloat16, float32, float16, got 'int3'"),
         ("--model", "/nowhere", "/nowhere: does not exist"),
     ],

@@ -8,11 +8,13 @@ without probabilities.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from mllama_jax.errors import InputError
 from mllama_jax.generate.decode import Made, State, choose, columns_of
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.model.cache import CrossCache
@@ -20,6 +22,13 @@ from mllama_jax.model.mllama import MllamaModel, Params, call
 
 NGRAM = 3  # the most tokens by which a place is found
 AT_MOST = 32  # tokens guessed at once
+
+
+def checked(lookup: int) -> int:
+    """How many tokens to guess at once. Raises InputError where it is no number from 0 to AT_MOST."""
+    if isinstance(lookup, bool) or not isinstance(lookup, int) or not 0 <= lookup <= AT_MOST:
+        raise InputError(f"lookup must be an integer from 0 to {AT_MOST}, got {lookup!r}")
+    return lookup
 
 
 def guess(tokens: jax.Array, last: jax.Array, k: int) -> jax.Array:
@@ -77,10 +86,8 @@ def decode(
             state, going = carry
             logits, guessed = place
             after, made = choose(logits, state, settings, top)
-            after = after.replace(position=state.position + 1)
-            state = jax.tree.map(
-                lambda new, old: jnp.where(going.reshape(-1, *(1,) * (new.ndim - 1)), new, old), after, state
-            )
+            after = dataclasses.replace(after, position=state.position + 1)
+            state: State = jax.tree.map(functools.partial(_chosen, going), after, state)
             return (state, going & ~state.done & (made.token == guessed)), (made, going)
 
         nothing = jnp.full((rows, 1), -1, jnp.int32)
@@ -96,7 +103,7 @@ def decode(
     return jax.lax.while_loop(more, step, (state, written, *nothing))
 
 
-def choose_rows(which: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+def _chosen(which: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """The rows of `new` [B, ...] where `which` [B], of `old` elsewhere."""
     return jnp.where(which.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
