@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mllama_jax.errors import InputError
 from mllama_jax.train.parts import Part
 from mllama_jax.train.recipe import Recipe, read_recipe
 from mllama_jax.train.trainer import Trainer
@@ -26,6 +27,15 @@ def curve(recipe: Recipe) -> tuple[list[float], Any]:
     return [float(trainer.update(trainer.place(next(reader))).loss) for _ in range(STEPS)], trainer.state
 
 
+def refusal(recipe: Recipe) -> str:
+    """What is said of rows that the four devices cannot share out."""
+    try:
+        Trainer.of(dataclasses.replace(recipe, samples=6, preset="fsdp"))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def main(file: str) -> None:
     for part, presets in PRESETS.items():
         recipe = dataclasses.replace(read_recipe(Path(file)), part=part)
@@ -37,6 +47,7 @@ def main(file: str) -> None:
             held = np.mean([leaf.addressable_shards[0].data.size / leaf.size for leaf in moments])
             fell = float(np.mean(wanted[:5]) - np.mean(wanted[-5:]))
             print(json.dumps({"part": part, "preset": preset, "error": error, "held": held, "fell": fell}), flush=True)
+    print(json.dumps(refusal(read_recipe(Path(file)))))
 
 
 if __name__ == "__main__":
