@@ -46,10 +46,10 @@ def test_decode_stands_beside_its_floor(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = check.attention
-    monkeypatch.setattr(check, "attention", lambda q, k, v, *seen: right(q, k, v, *seen) * jnp.asarray(1.1, v.dtype))
+    monkeypatch.setattr(check, "attention", lambda q, k, v, *seen: right(q, k, v, *seen) * jnp.asarray(1.1, q.dtype))
     monkeypatch.setattr(check, "parity", lambda dtype: iter(()))
     monkeypatch.setattr(check, "pace", lambda: check.Pace("of nothing", 8, 1.0, None))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
-    assert out.count("BAD") == 6
-    assert "9 comparisons, 6 beyond its limit" in out
+    assert out.count("BAD") == 7
+    assert "10 comparisons, 7 beyond its limit" in out
