@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ RECIPE = Recipe(model="model", data="chats.jsonl", part="lora", steps=9, keep=2)
 
 def state(step: int) -> TrainState:
     made = TrainState.of({"kernel": jnp.full(3, float(step))}, optax.adam(1.0))
-    return made.replace(step=jnp.int32(step))
+    return dataclasses.replace(made, step=jnp.int32(step))
 
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
