@@ -60,26 +60,24 @@ def row(model: str, name: str, quantize: str | None) -> tuple[Plan, dict[str, in
 
 def rows(checked: bool) -> Iterator[str]:
     """The table's lines as they are made."""
-    names = [f"{model} {quantize or 'bf16'}" for model, quantize in COLUMNS]
-    head = ["", *names, *(f"{name} tokens/s" for name in names)]
-    yield "| " + " | ".join(head) + " |"
-    yield "|---|" + "--:|" * (len(head) - 1)
+    names = [model if quantize is None else f"{model}, {quantize}" for model, quantize in COLUMNS]
+    yield _line("rows that fit; tokens/s of eight", *(cell for name in names for cell in (name, "")))
+    yield "|---|" + "--:|" * (2 * len(names))
     notes = []
     for name in SLICES:
-        slots, speeds = [], []
+        place, cells = topology(name), []
         for model, quantize in COLUMNS:
             made, sizes = row(model, name, quantize)
-            slots.append(str(made.largest_slots) if made.largest_slots else "no")
-            speeds.append(f"{made.tokens_per_second:.0f}" if made.largest_slots >= LOAD.slots else "")
+            cells.append(str(made.largest_slots) if made.largest_slots else "no")
+            cells.append(f"{made.tokens_per_second:.0f}" if made.largest_slots >= LOAD.slots else "")
             if checked and sizes and quantize is None and (model, name) in CHECKED:
                 notes.append(check(model, name, sizes))
-        place = topology(name)
-        yield (
-            "| "
-            + " | ".join([f"{place.name}, {place.chips} chips" if place.chips > 1 else place.name, *slots, *speeds])
-            + " |"
-        )
+        yield _line(f"{place.name}, {place.chips} chips" if place.chips > 1 else place.name, *cells)
     yield from notes
+
+
+def _line(*cells: str) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 def check(model: str, name: str, sizes: dict[str, int]) -> str:
