@@ -24,6 +24,15 @@ def unfinished(store: Store) -> bool:
     return store.read(_JOB) is not None
 
 
+def check_new(store: Store) -> None:
+    """Raise InputError where `store` holds anything."""
+    if keys := store.names():
+        raise InputError(
+            f"{store.location}: already holds {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}; "
+            "expected a new or empty directory; choose another target"
+        )
+
+
 class Progress:
     """Small files that note the finished tensors, written when these are on disk; gone when all is done.
 
@@ -35,12 +44,8 @@ class Progress:
     def __init__(self, store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str):
         self.store, self.sizes = store, sizes
         keys, begun = store.names(), store.read(_JOB)
-        if begun is None and keys:
-            raise InputError(
-                f"{store.location}: already holds {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}; "
-                "expected a new or empty directory; choose another target"
-            )
         if begun is None:
+            check_new(store)
             store.write(_JOB, json.dumps(job, indent=1).encode())
         elif begun != json.dumps(job, indent=1).encode():
             raise InputError(

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,7 @@ def convert(
     job |= {"quantize": quantize} if quantize else {}
     job["fingerprint"] = _fingerprint([absolute(each) for each in (source, text_from, lora) if each is not None])
     store = Store(target)
-    title = f"{checkpoint.layout} -> {to}"
-    with _full_disk(store), _progress(store, job, plan.sizes, title) as done:
-        plan.write(store, done)
-        done.finish()
+    done = _written(plan, store, job, f"{checkpoint.layout} -> {to}", "run the same command again")
     return {
         "source": str(source),
         "target": str(target),
@@ -121,11 +118,16 @@ def convert(
 
 def write(model: Model, target: str | os.PathLike[str], to: Layout, title: str) -> None:
     """Write `model` into the new or empty directory `target`, in one go: what is left of a stopped run is refused."""
-    plan, store = _PLANS[to](model, 1), Store(target)
     job = {title: os.fspath(target), "begun": time.time()}
-    with _full_disk(store), _progress(store, job, plan.sizes, title) as done:
+    _written(_PLANS[to](model, 1), Store(target), job, title, "delete it and try again")
+
+
+def _written(plan: Plan, store: Store, job: Mapping[str, Any], title: str, again: str) -> Progress:
+    """The progress of a job that is done; `again` is how to go on where there was no room."""
+    with _full_disk(store, again), _progress(store, job, plan.sizes, title, again) as done:
         plan.write(store, done)
         done.finish()
+    return done
 
 
 def _check_dtypes(model: Model) -> None:
@@ -152,27 +154,30 @@ def _fingerprint(directories: list[Path | BucketPath]) -> str:
     return digest_of(json.dumps(marks).encode())
 
 
-def _progress(store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str) -> Progress:
+def _progress(store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str, again: str) -> Progress:
     """The conversion's progress, once there is room for what is left of it."""
     progress = Progress(store, job, sizes, title)
     left = sum(size for key, size in sizes.items() if progress.get(key) is None) + _SPARE
     if not store.remote and (free := shutil.disk_usage(store.location).free) < left:
+        if not progress.resumed:
+            progress.finish()  # nothing is there to go on with
+            again = "try again"
         raise InputError(
             f"{store.location}: {left / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; "
-            "make room, then run the same command again"
+            f"make room, then {again}"
         )
     return progress
 
 
 @contextlib.contextmanager
-def _full_disk(store: Store):
+def _full_disk(store: Store, again: str) -> Iterator[None]:
     """A disk's refusal in one line."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        kept = "; what is written stays: make room and run the same command again"
+        kept = f"; what is written stays: make room, then {again}"
         raise InputError(
             f"{error.filename or store.location}: cannot be written: {error.strerror}"
             f"{kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}"

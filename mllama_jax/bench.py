@@ -88,20 +88,20 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix != ".png":
         raise InputError(f"--plot must name a .png file, got {args.plot}")
     config = config_of(args.model)
+    for devices in args.mesh:
+        mesh_axes("serve", config, devices)
     peers = peer_figures(args) if args.versus else {}  # first: JAX keeps the memory that it once had
     import jax
 
-    for devices in args.mesh:
-        mesh_axes("serve", config, devices)
-        if devices > jax.device_count():
-            raise InputError(f"--mesh must be at most {jax.device_count()}, the devices of this machine, got {devices}")
+    if (most := max(args.mesh)) > jax.device_count():
+        raise InputError(f"--mesh must be at most {jax.device_count()}, the devices of this machine, got {most}")
     where, found = environment() | {"model": args.model, "versus": args.versus}, []
     if not args.json:
         print("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n\n" + HEADER)
     errors: dict[str, float] = {}
     for dtype, devices in itertools.product(args.dtype, args.mesh):
         if devices > 1:
-            errors[f"{dtype} {devices}"] = error = checked(config, dtype, devices)
+            errors[f"{dtype} {devices}"] = error = checked(config, dtype, devices, args.cache)
             if not args.json:
                 print(
                     f"over {devices} devices logits of the first layers are {error:.2%} from one device's", flush=True
@@ -135,11 +135,11 @@ def line(figure: Figure) -> str:
     return text
 
 
-def checked(config: MllamaConfig, dtype: str, devices: int) -> float:
+def checked(config: MllamaConfig, dtype: str, devices: int, cache: str | None) -> float:
     """What `spread_error` says, once it is known to be rounding's. Raises InputError."""
     from mllama_jax.bench_model import spread_error
 
-    error = spread_error(config, dtype, devices)
+    error = spread_error(config, dtype, devices, cache)
     if not error < SPREAD_ERROR:
         raise InputError(
             f"{dtype} over {devices} devices: logits are {error:.1%} from those of one device, expected below "

@@ -152,7 +152,6 @@ class Bench:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     def _decode_weights(self, pictures: bool) -> Params:
-
         return decode_weights(self.params, self.model.config.text, pictures=pictures)
 
     def logits(self) -> np.ndarray:
@@ -166,8 +165,7 @@ class Bench:
             cross = decode.keys_values(self.model, self.params, features, tiles, spans)
         return np.asarray(decode.on_host(decode.all_logits(self.model, self.params, tokens, cross)))
 
-    def _settings(self, rows: int) -> Any:
-
+    def _settings(self, rows: int) -> Settings:
         endless = SamplingParams(max_new_tokens=2**30, stop_ids=())
         return Settings.of([endless] * rows, [[]] * rows, (), self.model.config.text.vocab)
 
@@ -182,14 +180,14 @@ def abstract(config: MllamaConfig, dtype: str, devices: int, cache: str | None =
     return MllamaModel(config, wide, rules, cache=cache), resolve(config, rules, wide, quantize)
 
 
-def spread_error(config: MllamaConfig, dtype: str, devices: int) -> float:
+def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | None = None) -> float:
     """How far logits of the first layers, up to one of cross-attention, are from those of one device, of the largest.
 
     Both have the same random weights and read two rows of 16 tokens with a picture each.
     """
-    config = shallow(config, min((*config.text.cross_layers, config.text.layers - 1)) + 1)
-    alone = Bench.of(config, dtype)
-    model, tree = abstract(config, dtype, devices)
+    config = shallow(config, min(config.text.cross_layers, default=0) + 1)
+    alone = Bench.of(config, dtype, cache=cache)
+    model, tree = abstract(config, dtype, devices, cache)
     together = Bench(model, jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree)))
     one, several = (each.logits() for each in (alone, together))
     return float(np.abs(several - one).max() / np.abs(one).max())
@@ -197,7 +195,6 @@ def spread_error(config: MllamaConfig, dtype: str, devices: int) -> float:
 
 def normal(like: Any) -> jax.Array:
     """Random numbers of such a shape and dtype, of about the size that weights of that width have."""
-
     shape, dtype = tuple(like.shape), jnp.dtype(like.dtype)
 
     def make(key: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, default=[], action="append", help="a picture; may be given again")
     generate.add_argument("--look", type=Path, metavar="FILE.png", help="draw where each word of the answer looked")
     generate.add_argument(
-        "--lookup", type=int, default=0, metavar="K", help="guess K tokens at once from what is written; same answers"
+        "--lookup", type=int, default=0, metavar="K", help="guess K tokens at once from what is written"
     )
     generate.set_defaults(run=_generate)
 

@@ -14,9 +14,12 @@ from mllama_jax.convert.apply import Parameter, paths
 from mllama_jax.convert.axes import Index
 from mllama_jax.convert.edits import cast
 from mllama_jax.convert.model import read_model
+from mllama_jax.convert.progress import check_new
 from mllama_jax.convert.run import write
 from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.store import Store
 from mllama_jax.convert.table import table
+from mllama_jax.errors import InputError
 from mllama_jax.generate.decode import on_host
 from mllama_jax.processes import agree
 
@@ -31,16 +34,22 @@ def save(model: Mllama, path: str | os.PathLike[str]) -> None:
         path: a new or empty directory, or a place in a bucket (`gs://bucket/path`).
 
     Raises:
-        InputError: the directory is not empty, or cannot be written.
+        InputError: the directory is not empty, which all processes are told, or cannot be written.
     """
-    agree({"save to": os.fspath(path)})
     leaves = paths(model.params)
-    quantized = any(leaf.dtype == np.int8 for leaf in leaves.values())
-    parameters = {
-        row.target: _parameter(leaves[row.target]) for row in table(model.config, "int8" if quantized else None)
-    }
+    quantized = "int8" if any(leaf.dtype == np.int8 for leaf in leaves.values()) else None
+    parameters = {row.target: _parameter(leaves[row.target]) for row in table(model.config, quantized)}
+    source, problem = None, ""
     if jax.process_index() == 0:
-        source = cast(read_model(open_checkpoint(model.directory)), leaves["text", "embedding"].dtype)
+        try:
+            source = cast(read_model(open_checkpoint(model.directory)), leaves["text", "embedding"].dtype)
+            check_new(Store(path))
+        except InputError as error:
+            if jax.process_count() == 1:
+                raise
+            problem = str(error)
+    agree({"save to": os.fspath(path), "saving": problem})
+    if source is not None:
         write(dataclasses.replace(source, parameters=parameters), path, "orbax", "saving")
     else:
         for parameter in parameters.values():

@@ -44,7 +44,7 @@ def serving(directory: Path, logs: Path, processes: int) -> Iterator[tuple[list[
                     )
                 )  # fmt: skip
         while '"ready"' not in (told := (logs / "0").read_text()):
-            assert not any(process.poll() for process in everyone), told
+            assert all(process.poll() is None for process in everyone), told
             time.sleep(0.05)
         (url,) = re.findall(r'"url": "([^"]+)"', told)
         yield everyone, url

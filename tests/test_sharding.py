@@ -60,7 +60,9 @@ def test_what_cannot_be_placed_is_refused(spread_directory: Path) -> None:
 
 def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> None:
     """The same logits and tokens as one device whose activations have a scale for each part that a mesh would have."""
-    for line in run(8, "quantized", str(spread_directory)).splitlines():
+    lines = run(8, "quantized", str(spread_directory)).splitlines()
+    assert lines
+    for line in lines:
         found = json.loads(line)
         assert found["error"] <= 1e-5, found
         assert found["tokens"], found
@@ -69,7 +71,9 @@ def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> N
 
 def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:
     """The scales lie where their numbers do, heads and positions split alike."""
-    for line in run(8, "cached", str(spread_directory)).splitlines():
+    lines = run(8, "cached", str(spread_directory)).splitlines()
+    assert lines
+    for line in lines:
         found = json.loads(line)
         assert found["error"] <= 1e-5, found
         assert found["tokens"], found

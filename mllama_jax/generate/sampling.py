@@ -256,7 +256,7 @@ def adjusted(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax
 def kept(logits: jax.Array, settings: Settings) -> jax.Array:
     """Which of the logits [B, V], over temperature, top-k, then top-p, then min-p keep: bool [B, V], never none.
 
-    As in transformers' processors; of equal logits at a border all are kept.
+    As transformers' processors do; of equal logits at a border top-p, too, keeps all.
     """
     likeliest = logits == logits.max(axis=-1, keepdims=True)
     top_k = (settings.top_k[:, None] == 0) | at_least(logits, jnp.ones_like(logits), settings.top_k)

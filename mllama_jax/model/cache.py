@@ -35,8 +35,7 @@ class KVCache:
 
     def quantized(self) -> KVCache:
         """The same in int8."""
-        k, v = (x if isinstance(x, Int8) else Int8.of(x) for x in (self.k, self.v))
-        return KVCache(k, v)
+        return jax.tree.map(Int8.of, self)
 
     def like(self, k: jax.Array, v: jax.Array) -> KVCache:
         """k, v [B, T, K, H] as this cache would keep them, [B, K, T, H]."""

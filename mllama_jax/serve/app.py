@@ -40,6 +40,7 @@ from mllama_jax.serve.worker import EngineFault, Piece, Worker
 log = logging.getLogger("mllama_jax.serve")
 
 PREPARING = 4  # requests whose pictures are prepared at once: a picture may take 400 MB
+SCORES = 2**29  # of all heads of a layer, that looking holds at once
 RETRY = {"Retry-After": "2"}
 POLICY = (  # of the page, which needs nothing from elsewhere
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
@@ -90,6 +91,7 @@ class Service:
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
+        self._looking = asyncio.Lock()  # one at a time, between steps of the engine
         self._preparing = ThreadPoolExecutor(PREPARING)
 
     def start(self) -> None:
@@ -161,12 +163,21 @@ class Service:
             answer = last.get("content") if last.get("role") == "assistant" else None
             if not isinstance(answer, str):
                 raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
-            length = len((await self._prompt(asked.prompts[0], asked.tools)).tokens)
-            if length > self.worker.engine.context:
-                raise InputError(f"messages: at most {self.worker.engine.context} tokens, got {length}")
+            prompt = await self._prompt(asked.prompts[0], asked.tools)
+            most = self._looked_at_most(len(prompt.images))
+            if len(prompt.tokens) > most:
+                many = f"{len(prompt.images)} pictures" if len(prompt.images) > 1 else "a picture"
+                raise InputError(f"messages: at most {most} tokens with {many}, got {len(prompt.tokens)}")
             look = functools.partial(self.model.look, conversation, answer, tools=asked.tools)
-            found = await asyncio.get_running_loop().run_in_executor(self._turns, look)
+            async with self._looking:
+                found = await asyncio.get_running_loop().run_in_executor(self._turns, look)
         return JSONResponse(told_look(found))
+
+    def _looked_at_most(self, pictures: int) -> int:
+        """How many tokens' attention to so many pictures has room."""
+        text, vision = self.model.config.text, self.model.config.vision
+        seen = 0 if vision is None else pictures * vision.max_tiles * vision.padded_tokens
+        return min(self.worker.engine.context, SCORES // (text.heads * max(seen, 1)))
 
     async def warm(self, conversation: list[Any]) -> None:
         """Answer a conversation shortly, which compiles what such ones need."""
@@ -210,7 +221,7 @@ class Service:
         for job in jobs:
             self.worker.engine.check(job.request)
         for prompt in asked.prompts:
-            verdict = await self._judge(as_conversation(prompt, self.tokenizer))
+            verdict = await self._judge(prompt)
             if not verdict.safe:
                 raise Refused(400, f"{field}: judged {verdict}", code="content_filter")
         return jobs
@@ -249,13 +260,16 @@ class Service:
             answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
             guide = None if asked.schema is None else await self._aside(self.guide, asked.schema)
             request = await self._aside(engine.Request.of, config, prompt, answer, guide)
-            made.append(Job(request, as_conversation(asked_prompt, self.tokenizer), began))
+            made.append(Job(request, asked_prompt, began))
         return made
 
-    async def _judge(self, conversation: list[Any]) -> Verdict:
-        """What the guard says of a conversation's last turn; safe where there is no guard."""
+    async def _judge(self, prompt: Any, answer: str | None = None) -> Verdict:
+        """What the guard says of a prompt's last turn, or of the answer to it; safe where there is no guard."""
         if self.guard is None:
             return SAFE
+        conversation = as_conversation(prompt, self.tokenizer)
+        if answer is not None:
+            conversation = [*conversation, {"role": "assistant", "content": answer}]
         verdict = await self.guard.judge(conversation)
         self.metrics.verdicts.labels("safe" if verdict.safe else "unsafe").inc()
         return verdict
@@ -269,7 +283,7 @@ class Service:
         async for piece in self._pieces(jobs):
             yield piece
         for job in jobs:
-            job.verdict = await self._judge([*job.conversation, {"role": "assistant", "content": job.answer.text}])
+            job.verdict = await self._judge(job.prompt, job.answer.text)
 
     async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come; left early, all are cancelled."""

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from mllama_jax.api import Mllama
+from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Request
 from mllama_jax.generate.sampling import SamplingParams
@@ -24,6 +25,8 @@ class Guard:
     """
 
     def __init__(self, model: Mllama, *, slots: int, turns: Executor, aside: Callable[..., Awaitable[Any]]):
+        if model.tokenizer is None:
+            raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; a guard needs one, add it")
         self.model, self.aside = model, aside
         engine = Engine(model.model, model.params, slots=slots, context=model.config.text.context)
         self.worker = Worker(engine, turns)

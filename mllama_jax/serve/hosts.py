@@ -28,6 +28,7 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from safetensors.numpy import load, save
 
+from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine, Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
@@ -164,7 +165,13 @@ class Follower:
     def run(self) -> None:
         """Follow until process 0 ends."""
         port, secret = store().blocking_key_value_get(KEY, 1000 * DAY).split()
-        peer = socket.create_connection((coordinator_host(), int(port)))
+        try:
+            peer = socket.create_connection((coordinator_host(), int(port)))
+        except OSError as error:
+            where = f"process 0 at {coordinator_host()}:{port}"
+            raise InputError(
+                f"{where}: cannot be reached ({error.strerror}); open this port between the hosts"
+            ) from None
         peer.sendall(bytes.fromhex(secret))
         leader = Connection(peer)
         for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered

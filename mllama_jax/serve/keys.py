@@ -11,13 +11,13 @@ from mllama_jax.serve import protocol
 
 
 class Keys:
-    """Lets a request pass that bears one of the keys, or asks for what tells nothing, /health and the page."""
+    """Lets a request pass that bears one of the keys, or asks for what tells nothing: /health, /ready and the page."""
 
     def __init__(self, app: Any, keys: tuple[str, ...]):
         self.app, self.keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] not in ("/health", "/"):
+        if scope["type"] == "http" and self.keys and scope["path"] not in ("/health", "/ready", "/"):
             given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
             equal = [hmac.compare_digest(given, key) for key in self.keys]  # all, so that none is told by time
             if not any(equal):

@@ -27,12 +27,12 @@ class Job:
     """One answer in progress.
 
     Attributes:
-        conversation: what is answered, as a guard is shown it.
+        prompt: what is answered, as it was asked.
         verdict: what a guard says of the answer, once it is whole.
     """
 
     request: engine.Request
-    conversation: list[Any]
+    prompt: Any
     began: float
     verdict: Verdict = SAFE
     last: float | None = None  # when the last piece came
