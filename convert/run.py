@@ -161,7 +161,6 @@ def _progress(store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], ti
     if not store.remote and (free := shutil.disk_usage(store.location).free) < left:
         if not progress.resumed:
             progress.finish()  # nothing is there to go on with
-            again = "try again"
         raise InputError(
             f"{store.location}: {left / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; "
             f"make room, then {again}"
