@@ -176,7 +176,7 @@ def _full_disk(store: Store, again: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        kept = f"; what is written stays: make room, then {again}"
+        kept = f"; what is written stays: make room and {again}"
         raise InputError(
             f"{error.filename or store.location}: cannot be written: {error.strerror}"
             f"{kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}"

@@ -1,4 +1,4 @@
-"""`mllama bench` over several devices."""
+"""`mllama bench`: every figure, on one device and spread over two, which is checked first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 
 
-def test_bench_spreads_the_model_and_checks_it_first(small_directory: Path) -> None:
-    small = ["--rows", "2", "--images", "1", "--context", "40", "--prompt", "16", "--repeat", "1"]
-    command = [sys.executable, "-m", "mllama_jax.cli", "bench", str(small_directory), "--mesh", "1", "2", "--json"]
+def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Path) -> None:
+    small = ["--rows", "2", "--images", "1", "--context", "40", "--prompt", "16", "--repeat", "2"]
+    small += ["--dtype", "int8", "--cache", "int8", "--mesh", "1", "2", "--plot", str(tmp_path / "b.png"), "--json"]
+    command = [sys.executable, "-m", "mllama_jax.cli", "bench", str(small_directory), *small]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    done = subprocess.run([*command, *small], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
     told = json.loads(done.stdout)
+    kinds = ["decode", "decode", "encode", "first token", "prefill", "prefill"]
+    assert [figure["name"].split(",")[0] for figure in told["figures"]] == 2 * kinds
     assert [figure["devices"] for figure in told["figures"]] == [1] * 6 + [2] * 6
-    assert 0 < told["spread_errors"]["bfloat16 2"] < 0.05
+    assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in told["figures"])
+    assert 0 < told["spread_errors"]["int8 2"] < 0.05
+    assert (tmp_path / "b.png").stat().st_size > 5000
