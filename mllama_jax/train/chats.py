@@ -183,7 +183,8 @@ class Chats:
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
             rows = self._rows(file.readline(), int(self.lines[i]))
-        assert rows is not None, "the file has changed"
+        if rows is None:  # it was read whole before
+            raise InputError(f"{self.path}, line {self.lines[i]}: has changed since the run began; start again")
         try:
             return [(row, row.images()) for row in rows]
         except InputError as error:
