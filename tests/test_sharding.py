@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,20 @@ def run(devices: int, *args: str) -> str:
     return done.stdout
 
 
+def equal(devices: int, *args: str) -> list[dict[str, Any]]:
+    """What was compared, at least one thing: float32 logits are within 1e-5, greedy tokens the same."""
+    found = [json.loads(line) for line in run(devices, *args).splitlines()]
+    assert found
+    for each in found:
+        assert each["error"] <= 1e-5, each
+        assert each["tokens"], each
+    return found
+
+
 @pytest.mark.parametrize("devices", CASES)
 def test_sharded_equals_single(devices: int, spread_directory: Path) -> None:
-    """float32 logits within 1e-5 and the same greedy tokens, of an uneven batch with and without pictures."""
-    cases = [json.loads(line) for line in run(devices, "compare", str(spread_directory)).splitlines()]
-    assert len(cases) == len(CASES[devices])
-    for case in cases:
-        assert case["error"] <= 1e-5, case
-        assert case["tokens"], case
+    """An uneven batch with and without pictures."""
+    assert len(equal(devices, "compare", str(spread_directory))) == len(CASES[devices])
 
 
 def test_every_preset_is_compared() -> None:
@@ -60,23 +67,13 @@ def test_what_cannot_be_placed_is_refused(spread_directory: Path) -> None:
 
 def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> None:
     """The same logits and tokens as one device whose activations have a scale for each part that a mesh would have."""
-    lines = run(8, "quantized", str(spread_directory)).splitlines()
-    assert lines
-    for line in lines:
-        found = json.loads(line)
-        assert found["error"] <= 1e-5, found
-        assert found["tokens"], found
+    for found in equal(8, "quantized", str(spread_directory)):
         assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
 
 
 def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:
     """The scales lie where their numbers do, heads and positions split alike."""
-    lines = run(8, "cached", str(spread_directory)).splitlines()
-    assert lines
-    for line in lines:
-        found = json.loads(line)
-        assert found["error"] <= 1e-5, found
-        assert found["tokens"], found
+    for found in equal(8, "cached", str(spread_directory)):
         assert found["float32"] > 1e-3, found
 
 
