@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -77,6 +77,18 @@ class Rules:
     def __call__(self, x: jax.Array, *names: str | None) -> jax.Array:
         """Place an activation by the logical names of its axes: the model's `constrain`."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*names))
+
+    @property
+    def platform(self) -> str:
+        """What its devices are, be they here or only compiled for."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
+
+    def local(
+        self, function: Callable, inputs: Sequence[tuple[str | None, ...]], output: tuple[str | None, ...]
+    ) -> Callable:
+        """`function`, run by each device on its own parts of arrays whose axes have these logical names."""
+        specs = tuple(self.spec(*names) for names in inputs)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=self.spec(*output), check_vma=False)
 
     def describe_mesh(self) -> str:
         return "mesh (" + ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()) + ")"

@@ -48,7 +48,8 @@ class CrossAttention(nn.Module):
         """Attend from x [B, T, D] at positions int [B, T] to the tiles these see; zero where they see none."""
         q = self.constrain(self.q_norm(self.q(x)), "batch", "seq", "kv_heads", "queries", "head_dim")
         self.sow("queries", "normed", q)
-        y = attention(q, cache.k, cache.v, positions, cross.visible)
+        axes = ("batch", "kv_heads", "queries", "image_seq")
+        y = attention(q, cache.k, cache.v, positions, cross.visible, constrain=self.constrain, axes=axes)
         y = y * cross.sees(positions)[:, :, None, None, None].astype(y.dtype)
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
         return self.constrain(self.out(y), "batch", "seq", "residual")

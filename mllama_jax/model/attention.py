@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllama_jax.model.layers import einsum
+from mllama_jax.model.layers import Axes, Constrain, einsum, unconstrained
 from mllama_jax.model.quantize import Int8
 
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
@@ -29,6 +30,36 @@ class UpTo:
         return jnp.arange(self.keys) <= positions[:, :, None]
 
 
+@dataclasses.dataclass(frozen=True)
+class InSpan:
+    """A query sees the tiles in whose spans it stands: `visible` of cross-attention.
+
+    Attributes:
+        spans: int32 [B, M, 2], the positions [start, end) that see each tile; two of a row are the same or apart.
+        tokens, padded: of the `padded` keys of a tile the first `tokens` are real.
+    """
+
+    spans: jax.Array
+    tokens: int
+    padded: int
+
+    def tiles(self, positions: jax.Array) -> jax.Array:
+        """bool [B, T, M]: which tiles the positions int [B, T] may see."""
+        start, end = self.spans[:, None, :, 0], self.spans[:, None, :, 1]
+        return (start <= positions[:, :, None]) & (positions[:, :, None] < end)
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        visible = self.tiles(positions)[..., None] & (jnp.arange(self.padded) < self.tokens)
+        return visible.reshape(*positions.shape, -1)
+
+    def segments(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """int [B, T] of the positions int [B, T] and int [B, S] of the keys: equal where one sees the other."""
+        start, end = self.spans[..., 0], self.spans[..., 1]
+        queries = jnp.where(self.tiles(positions), start[:, None], -1).max(axis=-1)
+        keys = jnp.where((start < end)[..., None] & (jnp.arange(self.padded) < self.tokens), start[..., None], -2)
+        return queries, rearrange(keys, "b m n -> b (m n)")
+
+
 def attention(
     q: jax.Array,
     k: jax.Array | Int8,
@@ -36,6 +67,8 @@ def attention(
     queries: jax.Array | None,
     visible: Callable[[jax.Array], jax.Array] | None,
     scale: float | None = None,
+    constrain: Constrain = unconstrained,
+    axes: Axes = ("batch", "kv_heads", "queries", "seq"),
 ) -> jax.Array:
     """Attend from q [B, T, K, G, H] to k, v [B, K, S, H].
 
@@ -45,20 +78,32 @@ def attention(
         queries: [B, T], what `visible` has to know of each query, such as its position.
         visible: from `queries` [B, t] of some of the T to the keys that these may see, bool [B, t, S]; None for all.
         scale: of the scores, H ** -0.5 if None.
+        axes: what B, K, G and S are called on the mesh of `constrain`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return back_end(q, k)(q, k, v, queries, visible, scale)
+    return back_end(q, k, visible, constrain, axes)(q, k, v, queries, visible, scale)
 
 
 BackEnd = Callable[..., jax.Array]
 
 
-def back_end(q: jax.Array, k: jax.Array | Int8) -> BackEnd:
-    """What computes attention for queries and keys like these: on a GPU in half precision cuDNN, which writes no scores
-    to memory; XLA otherwise, which has float32, and int8 keys for single queries, of which cuDNN would need a copy."""
-    if jax.default_backend() != "gpu" or q.dtype == jnp.float32 or (isinstance(k, Int8) and q.shape[1] == 1):
+def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constrain: Constrain, axes: Axes) -> BackEnd:
+    """What computes attention for queries and keys like these: in half precision kernels that write no scores to
+    memory, cuDNN's on a GPU and those of `tpu_attention` on a TPU. XLA otherwise, which has float32, and int8 keys,
+    of which a kernel would need a copy: where queries are few, or are not all there is to read of a cache."""
+    T, small = q.shape[1], isinstance(k, Int8)
+    if q.dtype == jnp.float32:
         return xla
-    return cudnn
+    if constrain.platform == "gpu" and not (small and T == 1):
+        return cudnn
+    if constrain.platform == "tpu" and constrain.parts(axes[-1]) == 1:
+        from mllama_jax.model import tpu_attention
+
+        if isinstance(visible, UpTo) and not visible.first and not small:
+            return functools.partial(tpu_attention.over_cache, constrain=constrain, axes=axes)
+        if T >= tpu_attention.LANES and (visible is None or isinstance(visible, UpTo | InSpan)):
+            return functools.partial(tpu_attention.over_all, constrain=constrain, axes=axes)
+    return xla
 
 
 def xla(

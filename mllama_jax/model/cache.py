@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mllama_jax.model.attention import InSpan
 from mllama_jax.model.quantize import Int8
 
 
@@ -73,17 +74,11 @@ class CrossCache:
     spans: jax.Array
     tokens: int = struct.field(pytree_node=False)
 
-    def tiles(self, positions: jax.Array) -> jax.Array:
-        """bool [B, T, M]: which tiles the text positions int [B, T] may see."""
-        start, end = self.spans[:, None, :, 0], self.spans[:, None, :, 1]
-        return (start <= positions[:, :, None]) & (positions[:, :, None] < end)
-
-    def visible(self, positions: jax.Array) -> jax.Array:
-        """bool [B, T, S]: which cached positions the text positions int [B, T] may see."""
-        padded = self.layers[0].length // self.spans.shape[1]
-        visible = self.tiles(positions)[..., None] & (jnp.arange(padded) < self.tokens)
-        return visible.reshape(*positions.shape, -1)
+    @property
+    def visible(self) -> InSpan:
+        """From text positions int [B, T] to which cached positions these may see, bool [B, T, S]."""
+        return InSpan(self.spans, self.tokens, self.layers[0].length // self.spans.shape[1])
 
     def sees(self, positions: jax.Array) -> jax.Array:
         """bool [B, T]: whether the text positions int [B, T] see any tile."""
-        return self.tiles(positions).any(axis=-1)
+        return self.visible.tiles(positions).any(axis=-1)

@@ -45,9 +45,10 @@ class SelfAttention(nn.Module):
         cache = cache.write(own, positions).placed(self.constrain)
         q = self.constrain(q, "batch", "seq", "kv_heads", "queries", "head_dim")
         if fresh:
-            y = attention(q, own.k, own.v, positions, UpTo(x.shape[1], first=True))
+            y = attention(q, own.k, own.v, positions, UpTo(x.shape[1], first=True), constrain=self.constrain)
         else:
-            y = attention(q, cache.k, cache.v, positions, UpTo(cache.length))
+            axes = ("batch", "kv_heads", "queries", "cache")
+            y = attention(q, cache.k, cache.v, positions, UpTo(cache.length), constrain=self.constrain, axes=axes)
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
         shape, parts = (D, K * G * H), self.constrain.parts("heads")
         y = Linear("btf,df->btd", shape, ("embed", "heads"), parts=parts, name="out")(y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -23,8 +23,17 @@ class Constrain(Protocol):
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array: ...
 
+    @property
+    def platform(self) -> str:
+        """What its devices are: "cpu", "gpu" or "tpu"."""
+        ...
+
     def parts(self, name: str | None) -> int:
         """In how many parts a logical axis is split."""
+        ...
+
+    def local(self, function: Callable, inputs: Sequence[Axes], output: Axes) -> Callable:
+        """`function`, run by each device on its own parts of arrays whose axes have these logical names."""
         ...
 
 
@@ -34,8 +43,15 @@ class Unconstrained:
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x
 
+    @property
+    def platform(self) -> str:
+        return jax.default_backend()
+
     def parts(self, name: str | None) -> int:
         return 1
+
+    def local(self, function: Callable, inputs: Sequence[Axes], output: Axes) -> Callable:
+        return function
 
 
 unconstrained = Unconstrained()
