@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from einops import rearrange
 from mllama_jax.model.layers import Axes, Constrain, einsum, unconstrained
 from mllama_jax.model.quantize import Int8
 
+MARKS = 16  # features of a mask that `gpu_attention` takes
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
 
 
@@ -59,6 +61,17 @@ class InSpan:
         keys = jnp.where((start < end)[..., None] & (jnp.arange(self.padded) < self.tokens), start[..., None], -2)
         return queries, rearrange(keys, "b m n -> b (m n)")
 
+    def marks(self, positions: jax.Array, dtype: jnp.dtype, features: int) -> tuple[jax.Array, jax.Array]:
+        """[B, T, features] of the positions int [B, T] and [B, S, features] of the keys: the products of two are 0
+        where one sees the other and at most -2^16 elsewhere. There are as many features as tiles, and one."""
+        (B, M), width = self.spans.shape[:2], ((0, 0), (0, 0), (0, features - self.spans.shape[1] - 1))
+        blind = jnp.pad(~self.tiles(positions), ((0, 0), (0, 0), (0, 1)), constant_values=True)
+        tile = jnp.repeat(jnp.eye(M, dtype=bool), self.padded, axis=0)
+        behind = jnp.tile(jnp.arange(self.padded) >= self.tokens, M)[:, None]
+        of_keys = jnp.broadcast_to(jnp.concatenate([tile, behind], axis=1), (B, M * self.padded, M + 1))
+        queries, keys = (jnp.pad(x, width).astype(dtype) * 2.0**8 for x in (blind, of_keys))
+        return -queries, keys
+
 
 def attention(
     q: jax.Array,
@@ -89,14 +102,22 @@ BackEnd = Callable[..., jax.Array]
 
 def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constrain: Constrain, axes: Axes) -> BackEnd:
     """What computes attention for queries and keys like these: in half precision kernels that write no scores to
-    memory, cuDNN's on a GPU and those of `tpu_attention` on a TPU. XLA otherwise, which has float32, and int8 keys,
-    of which a kernel would need a copy: where queries are few, or are not all there is to read of a cache."""
-    T, small = q.shape[1], isinstance(k, Int8)
+    memory, `gpu_decode`'s, `gpu_attention`'s and cuDNN's on a GPU, those of `tpu_attention` on a TPU. XLA otherwise,
+    which has float32, keys whose positions a mesh splits, and int8 ones of which a kernel would need a copy: where
+    queries are few, or are not all there is to read of a cache."""
+    T, small, whole = q.shape[1], isinstance(k, Int8), constrain.parts(axes[-1]) == 1
     if q.dtype == jnp.float32:
         return xla
-    if constrain.platform == "gpu" and not (small and T == 1):
-        return cudnn
-    if constrain.platform == "tpu" and constrain.parts(axes[-1]) == 1:
+    if constrain.platform == "gpu":
+        if T == 1 and visible is not None and whole:
+            return functools.partial(by_decode_kernel, constrain=constrain, axes=axes)
+        few = (isinstance(visible, UpTo) and visible.first) or (
+            isinstance(visible, InSpan) and visible.spans.shape[1] < MARKS
+        )
+        if T > 1 and few and whole and on_hopper(constrain, q.dtype):
+            return functools.partial(by_flash_kernel, constrain=constrain, axes=axes)
+        return xla if small and T == 1 else cudnn
+    if constrain.platform == "tpu" and whole:
         from mllama_jax.model import tpu_attention
 
         if isinstance(visible, UpTo) and not visible.first and not small:
@@ -104,6 +125,49 @@ def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constr
         if T >= tpu_attention.LANES and (visible is None or isinstance(visible, UpTo | InSpan)):
             return functools.partial(tpu_attention.over_all, constrain=constrain, axes=axes)
     return xla
+
+
+def on_hopper(constrain: Constrain, dtype: jnp.dtype) -> bool:
+    """Whether `gpu_attention` has a kernel for these devices and this dtype."""
+    if constrain.platform != "gpu" or dtype == jnp.float32:
+        return False
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
+def by_decode_kernel(
+    q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, queries: jax.Array, visible: Callable, scale: float,
+    constrain: Constrain, axes: Axes,
+) -> jax.Array:  # fmt: skip
+    """By `gpu_decode`, each device with its own rows and heads."""
+    from mllama_jax.model.gpu_decode import single_query
+
+    batch, heads, group, _ = axes
+
+    def attend(q: jax.Array, k: Any, v: Any, seen: jax.Array) -> jax.Array:
+        return single_query(q[:, 0], k, v, seen, scale)[:, None]
+
+    inputs = (batch, None, heads, group), (batch, heads), (batch, heads), (batch,)
+    return constrain.local(attend, inputs, inputs[0])(q, k, v, visible(queries)[:, 0])
+
+
+def by_flash_kernel(
+    q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, queries: jax.Array, visible: UpTo | InSpan, scale: float,
+    constrain: Constrain, axes: Axes,
+) -> jax.Array:  # fmt: skip
+    """By `gpu_attention`, each device with its own rows and heads."""
+    from mllama_jax.model.gpu_attention import flash
+
+    batch, heads, group, _ = axes
+    marks = visible.marks(queries, q.dtype, MARKS) if isinstance(visible, InSpan) else ()
+
+    def attend(q: jax.Array, k: Any, v: Any, *marks: jax.Array) -> jax.Array:
+        K = q.shape[2]
+        q = rearrange(q, "b t k g h -> b t (k g) h")
+        k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
+        return rearrange(flash((q, k, v), *marks, scale=scale, causal=not marks), "b t (k g) h -> b t k g h", k=K)
+
+    inputs = (batch, None, heads, group), (batch, heads), (batch, heads), *((batch,) for _ in marks)
+    return constrain.local(attend, inputs, inputs[0])(q, k, v, *marks)
 
 
 def xla(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllama_jax.config import ASPECT_RATIOS, VisionConfig
-from mllama_jax.model.attention import attention
+from mllama_jax.model.attention import attention, on_hopper
 from mllama_jax.model.layers import Constrain, LayerNorm, Linear, Remat, keep_all, parameter, run, unconstrained
 
 # Tiles behind each aspect ratio id; an absent image (id 0) counts one, as in Meta's code.
@@ -30,10 +30,13 @@ class SelfAttention(nn.Module):
         c = self.config
         shape, axes = (c.heads, c.head_dim, c.width), ("vision_heads", "head_dim", "embed")
         qkv = Linear("btd,ckhd->btckh", (3, *shape), (None, *axes), name="qkv")(x)
-        q, k, v = (jnp.swapaxes(each, 1, 2) for each in unseen_by_padding(qkv, padding))
-        q, axes = jnp.swapaxes(q, 1, 2)[:, :, :, None], ("images", "vision_heads", None, "seq")
-        y = attention(q, k, v, None, None, c.head_dim**-0.5, self.constrain, axes)
-        y = rearrange(y[..., : c.head_dim], "b t k 1 h -> b t (k h)")
+        if on_hopper(self.constrain, x.dtype):
+            y = by_flash_kernel(qkv, padding, self.constrain)
+        else:
+            q, k, v = (jnp.swapaxes(each, 1, 2) for each in unseen_by_padding(qkv, padding))
+            q, axes = jnp.swapaxes(q, 1, 2)[:, :, :, None], ("images", "vision_heads", None, "seq")
+            y = attention(q, k, v, None, None, c.head_dim**-0.5, self.constrain, axes)[..., 0, : c.head_dim]
+        y = rearrange(y, "b t k h -> b t (k h)")
         y = Linear("btf,df->btd", (c.width, c.width), ("embed", "vision_heads"), name="out")(y)
         return self.constrain(y, "images", "seq", "residual")
 
@@ -49,6 +52,19 @@ def unseen_by_padding(qkv: jax.Array, padding: jax.Array) -> tuple[jax.Array, ja
     q, k, v = (jnp.pad(qkv[:, :, i], ((0, 0),) * 3 + ((0, 8),)) for i in range(3))
     feature = jnp.arange(q.shape[-1]) == qkv.shape[-1]
     return jnp.where(feature, -mark, q), jnp.where(feature, mark, k), v
+
+
+def by_flash_kernel(qkv: jax.Array, padding: jax.Array, constrain: Constrain) -> jax.Array:
+    """Attention within qkv [I, S, 3, heads, H] by `gpu_attention`, with that outer product as marks."""
+    from mllama_jax.model.gpu_attention import MARKS, flash
+
+    mark = jnp.pad(jnp.where(padding, 2.0**8, 0).astype(qkv.dtype)[..., None], ((0, 0), (0, 0), (0, MARKS - 1)))
+    inputs = ("images", None, None, "vision_heads"), ("images",), ("images",)
+
+    def attend(qkv: jax.Array, *marks: jax.Array) -> jax.Array:
+        return flash((qkv,), *marks, scale=qkv.shape[-1] ** -0.5)
+
+    return constrain.local(attend, inputs, ("images", None, "vision_heads"))(qkv, -mark, mark)
 
 
 class MLP(nn.Module):
