@@ -35,7 +35,7 @@ class InSpan:
     """A query sees the tiles in whose spans it stands: `visible` of cross-attention.
 
     Attributes:
-        spans: int32 [B, M, 2], the positions [start, end) that see each tile; two of a row are the same or apart.
+        spans: int32 [B, M, 2], the positions [start, end) that see each tile; (0, 0) for a tile that is not there.
         tokens, padded: of the `padded` keys of a tile the first `tokens` are real.
     """
 
@@ -52,12 +52,10 @@ class InSpan:
         visible = self.tiles(positions)[..., None] & (jnp.arange(self.padded) < self.tokens)
         return visible.reshape(*positions.shape, -1)
 
-    def segments(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """int [B, T] of the positions int [B, T] and int [B, S] of the keys: equal where one sees the other."""
-        start, end = self.spans[..., 0], self.spans[..., 1]
-        queries = jnp.where(self.tiles(positions), start[:, None], -1).max(axis=-1)
-        keys = jnp.where((start < end)[..., None] & (jnp.arange(self.padded) < self.tokens), start[..., None], -2)
-        return queries, rearrange(keys, "b m n -> b (m n)")
+    def of_keys(self) -> jax.Array:
+        """int32 [B, 2, S]: the span of each key, (0, 0) of one that is not real."""
+        real = jnp.arange(self.padded) < self.tokens
+        return rearrange(jnp.where(real[:, None], self.spans[:, :, None], 0), "b m n ends -> b ends (m n)")
 
 
 def attention(
@@ -91,18 +89,18 @@ def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constr
     """What computes attention for queries and keys like these: in half precision kernels that write no scores to
     memory, cuDNN's on a GPU and those of `tpu_attention` on a TPU. XLA otherwise, which has float32, and int8 keys,
     of which a kernel would need a copy: where queries are few, or are not all there is to read of a cache."""
-    T, small = q.shape[1], isinstance(k, Int8)
-    if q.dtype == jnp.float32:
-        return xla
-    if constrain.platform == "gpu" and not (small and T == 1):
+    T, half, small = q.shape[1], q.dtype != jnp.float32, isinstance(k, Int8)
+    if half and constrain.platform == "gpu" and not (small and T == 1):
         return cudnn
-    if constrain.platform == "tpu" and constrain.parts(axes[-1]) == 1:
-        from mllama_jax.model import tpu_attention
+    if half and constrain.platform == "tpu" and constrain.parts(axes[-1]) == 1:
+        from mllama_jax.model import tpu_attention as tpu
 
-        if isinstance(visible, UpTo) and not visible.first and not small:
-            return functools.partial(tpu_attention.over_cache, constrain=constrain, axes=axes)
-        if T >= tpu_attention.LANES and (visible is None or isinstance(visible, UpTo | InSpan)):
-            return functools.partial(tpu_attention.over_all, constrain=constrain, axes=axes)
+        if isinstance(visible, InSpan) or (isinstance(visible, UpTo) and not visible.first):
+            kernel = None if small else tpu.over_cache
+        else:
+            kernel = tpu.over_all if T >= tpu.MANY and (visible is None or isinstance(visible, UpTo)) else None
+        if kernel is not None:
+            return functools.partial(kernel, constrain=constrain, axes=axes)
     return xla
 
 
