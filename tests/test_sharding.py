@@ -77,12 +77,6 @@ def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:
         assert found["float32"] > 1e-3, found
 
 
-def test_attention_kernels_of_a_tpu_equal_xla(spread_directory: Path) -> None:
-    """Interpreted, in the whole model, each device with its own rows and heads."""
-    for found in equal(8, "kernels", str(spread_directory)):
-        assert found["chosen"] == ["over_all", "over_cache"], found
-
-
 def test_our_layout_restores_on_a_mesh(spread_directory: Path) -> None:
     assert run(8, "restore", str(spread_directory)) == "restored\n"
 
