@@ -6,11 +6,13 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
@@ -20,6 +22,7 @@ from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
+from mllama_jax.model import attention, tpu_attention
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.sharding.hlo import KINDS
 from mllama_jax.sharding.mesh import make_mesh
@@ -125,6 +128,30 @@ def cached(directory: str) -> None:
         print(json.dumps({"rules": rules, "error": error, "float32": other, "tokens": made == tokens}))
 
 
+def kernels(directory: str) -> None:
+    """A TPU's attention kernels, interpreted, on one device and on a mesh against XLA; prints errors."""
+    wanted, tokens = answers(mllama_jax.load(directory, dtype="float32"))
+    choose, chosen, anyhow = attention.back_end, set(), cast(Any, True)
+
+    def half(q: jax.Array, *others: Any) -> attention.BackEnd:
+        """What is chosen for bfloat16."""
+        found = choose(q.astype("bfloat16"), *others)
+        chosen.add(getattr(found, "func", found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, pltpu.force_tpu_interpret_mode(anyhow):
+        patch.setattr(attention, "back_end", half)
+        patch.setattr(tpu_attention, "MANY", 1)
+        for kind in (Unconstrained, Rules):
+            patch.setattr(kind, "platform", "tpu")
+        for axes in (None, {"data": 2, "kv": 2, "q": 2}):
+            chosen.clear()
+            mesh = None if axes is None else make_mesh(axes, jax.devices())
+            logits, made = answers(mllama_jax.load(directory, dtype="float32", mesh=mesh))
+            error, names = float(np.abs(logits - wanted).max()), sorted(each.__name__ for each in chosen)
+            print(json.dumps({"mesh": axes, "error": error, "tokens": made == tokens, "chosen": names}))
+
+
 def refuse(directory: str) -> None:
     """What cannot be placed is refused in one line, before anything is loaded."""
 
@@ -189,6 +216,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, cached, refuse, restore, clean):
+    for task in (compare, quantized, cached, kernels, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

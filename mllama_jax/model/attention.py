@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from einops import rearrange
 from mllama_jax.model.layers import Axes, Constrain, einsum, unconstrained
 from mllama_jax.model.quantize import Int8
 
-MARKS = 16  # features of a mask that `gpu_attention` takes
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
 
 
@@ -37,7 +35,7 @@ class InSpan:
     """A query sees the tiles in whose spans it stands: `visible` of cross-attention.
 
     Attributes:
-        spans: int32 [B, M, 2], the positions [start, end) that see each tile; two of a row are the same or apart.
+        spans: int32 [B, M, 2], the positions [start, end) that see each tile; (0, 0) for a tile that is not there.
         tokens, padded: of the `padded` keys of a tile the first `tokens` are real.
     """
 
@@ -54,12 +52,10 @@ class InSpan:
         visible = self.tiles(positions)[..., None] & (jnp.arange(self.padded) < self.tokens)
         return visible.reshape(*positions.shape, -1)
 
-    def segments(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """int [B, T] of the positions int [B, T] and int [B, S] of the keys: equal where one sees the other."""
-        start, end = self.spans[..., 0], self.spans[..., 1]
-        queries = jnp.where(self.tiles(positions), start[:, None], -1).max(axis=-1)
-        keys = jnp.where((start < end)[..., None] & (jnp.arange(self.padded) < self.tokens), start[..., None], -2)
-        return queries, rearrange(keys, "b m n -> b (m n)")
+    def of_keys(self) -> jax.Array:
+        """int32 [B, 2, S]: the span of each key, (0, 0) of one that is not real."""
+        real = jnp.arange(self.padded) < self.tokens
+        return rearrange(jnp.where(real[:, None], self.spans[:, :, None], 0), "b m n ends -> b ends (m n)")
 
     def marks(self, positions: jax.Array, dtype: jnp.dtype, features: int) -> tuple[jax.Array, jax.Array]:
         """[B, T, features] of the positions int [B, T] and [B, S, features] of the keys: the products of two are 0
@@ -101,73 +97,40 @@ BackEnd = Callable[..., jax.Array]
 
 
 def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constrain: Constrain, axes: Axes) -> BackEnd:
-    """What computes attention for queries and keys like these: in half precision kernels that write no scores to
-    memory, `gpu_decode`'s, `gpu_attention`'s and cuDNN's on a GPU, those of `tpu_attention` on a TPU. XLA otherwise,
-    which has float32, keys whose positions a mesh splits, and int8 ones of which a kernel would need a copy: where
-    queries are few, or are not all there is to read of a cache."""
+    """What computes attention for queries and keys like these: in half precision the kernels of `gpu_attention` and
+    `tpu_attention`, which write no scores to memory. XLA otherwise, which has float32, keys whose positions a mesh
+    splits, and int8 ones of which a kernel would need a copy: where queries are few, or not all there is to read."""
     T, small, whole = q.shape[1], isinstance(k, Int8), constrain.parts(axes[-1]) == 1
-    if q.dtype == jnp.float32:
-        return xla
-    if constrain.platform == "gpu":
-        if T == 1 and visible is not None and whole:
-            return functools.partial(by_decode_kernel, constrain=constrain, axes=axes)
-        few = (isinstance(visible, UpTo) and visible.first) or (
-            isinstance(visible, InSpan) and visible.spans.shape[1] < MARKS
-        )
-        if T > 1 and few and whole and on_hopper(constrain, q.dtype):
-            return functools.partial(by_flash_kernel, constrain=constrain, axes=axes)
-        return xla if small and T == 1 else cudnn
-    if constrain.platform == "tpu" and whole:
-        from mllama_jax.model import tpu_attention
+    kernel = None
+    if q.dtype != jnp.float32 and whole and constrain.platform == "gpu":
+        from mllama_jax.model import gpu_attention as gpu
 
-        if isinstance(visible, UpTo) and not visible.first and not small:
-            return functools.partial(tpu_attention.over_cache, constrain=constrain, axes=axes)
-        if T >= tpu_attention.LANES and (visible is None or isinstance(visible, UpTo | InSpan)):
-            return functools.partial(tpu_attention.over_all, constrain=constrain, axes=axes)
-    return xla
+        if small and T == 1:
+            kernel = gpu.over_int8
+        elif T > 1 and isinstance(visible, InSpan) and gpu.takes(visible) and gpu.on_hopper(constrain, q.dtype):
+            kernel = gpu.by_flash
+        else:
+            kernel = gpu.by_cudnn
+    if q.dtype != jnp.float32 and whole and constrain.platform == "tpu":
+        from mllama_jax.model import tpu_attention as tpu
 
-
-def on_hopper(constrain: Constrain, dtype: jnp.dtype) -> bool:
-    """Whether `gpu_attention` has a kernel for these devices and this dtype."""
-    if constrain.platform != "gpu" or dtype == jnp.float32:
-        return False
-    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+        if isinstance(visible, InSpan) or (isinstance(visible, UpTo) and not visible.first):
+            kernel = None if small else tpu.over_cache
+        else:
+            kernel = tpu.over_all if T >= tpu.MANY and (visible is None or isinstance(visible, UpTo)) else None
+    return xla if kernel is None else functools.partial(kernel, constrain=constrain, axes=axes)
 
 
-def by_decode_kernel(
-    q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, queries: jax.Array, visible: Callable, scale: float,
-    constrain: Constrain, axes: Axes,
-) -> jax.Array:  # fmt: skip
-    """By `gpu_decode`, each device with its own rows and heads."""
-    from mllama_jax.model.gpu_decode import single_query
-
+def spread(attend: Callable, constrain: Constrain, axes: Axes) -> Callable:
+    """`attend(q, k, v, *of_rows)` on a mesh that splits no keys by their positions, each device with its own part."""
     batch, heads, group, _ = axes
+    of_queries, of_keys = (batch, None, heads, group), (batch, heads)
 
-    def attend(q: jax.Array, k: Any, v: Any, seen: jax.Array) -> jax.Array:
-        return single_query(q[:, 0], k, v, seen, scale)[:, None]
+    def local(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, *of_rows: jax.Array) -> jax.Array:
+        inputs = (of_queries, of_keys, of_keys, *((batch,) for _ in of_rows))
+        return constrain.local(attend, inputs, of_queries)(q, k, v, *of_rows)
 
-    inputs = (batch, None, heads, group), (batch, heads), (batch, heads), (batch,)
-    return constrain.local(attend, inputs, inputs[0])(q, k, v, visible(queries)[:, 0])
-
-
-def by_flash_kernel(
-    q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, queries: jax.Array, visible: UpTo | InSpan, scale: float,
-    constrain: Constrain, axes: Axes,
-) -> jax.Array:  # fmt: skip
-    """By `gpu_attention`, each device with its own rows and heads."""
-    from mllama_jax.model.gpu_attention import flash
-
-    batch, heads, group, _ = axes
-    marks = visible.marks(queries, q.dtype, MARKS) if isinstance(visible, InSpan) else ()
-
-    def attend(q: jax.Array, k: Any, v: Any, *marks: jax.Array) -> jax.Array:
-        K = q.shape[2]
-        q = rearrange(q, "b t k g h -> b t (k g) h")
-        k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
-        return rearrange(flash((q, k, v), *marks, scale=scale, causal=not marks), "b t (k g) h -> b t k g h", k=K)
-
-    inputs = (batch, None, heads, group), (batch, heads), (batch, heads), *((batch,) for _ in marks)
-    return constrain.local(attend, inputs, inputs[0])(q, k, v, *marks)
+    return local
 
 
 def xla(
@@ -219,45 +182,6 @@ def numbers(x: jax.Array | Int8, dtype: jnp.dtype) -> jax.Array:
     """What a product reads of keys or values: of int8 ones the bare integers, which half precision holds exactly; their
     scales go to the scores or weights, so that the compiler can convert on the way and keep no wide copy."""
     return x.values.astype(dtype) if isinstance(x, Int8) else x
-
-
-def cudnn(
-    q: jax.Array,
-    k: jax.Array | Int8,
-    v: jax.Array | Int8,
-    queries: jax.Array | None,
-    visible: Callable | None,
-    scale: float,
-) -> jax.Array:
-    """By cuDNN's fused kernel, which wants its keys [rows, S, heads, H]; half precision only."""
-    B, T, K, G, _ = q.shape
-    k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
-    lengths = mask = None
-    causal = isinstance(visible, UpTo) and visible.first
-    if isinstance(visible, UpTo) and T == 1 and queries is not None:
-        lengths = queries[:, 0] + 1
-    elif not causal and visible is not None and queries is not None:
-        mask = visible(queries)
-    if T == 1:  # a key/value head as a row of its own: the cache stays where it is
-        q = rearrange(q, "b t k g h -> (b k) t g h")
-        k, v = (rearrange(x, "b k s h -> (b k) s 1 h") for x in (k, v))
-        mask, lengths = (None if x is None else jnp.repeat(x, K, axis=0) for x in (mask, lengths))
-    else:
-        q = rearrange(q, "b t k g h -> b t (k g) h")
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    y = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=None if mask is None else mask[:, None],
-        scale=scale,
-        is_causal=causal,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn",
-    )
-    if T == 1:
-        return rearrange(y, "(b k) t g h -> b t k g h", b=B)
-    return rearrange(y, "b t (k g) h -> b t k g h", g=G)
 
 
 def largest_divisor(n: int, most: int) -> int:

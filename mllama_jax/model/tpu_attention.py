@@ -13,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from mllama_jax.model.attention import InSpan, UpTo
+from mllama_jax.model.attention import InSpan, UpTo, spread, xla
 from mllama_jax.model.layers import Axes, Constrain
 from mllama_jax.model.quantize import Int8
 
-LANES = 128  # of a TPU's registers: blocks of keys are multiples
+MANY = 128  # queries, from which on `over_all` is worth it
 QUERIES, KEYS = 512, 1024  # in a block of `over_cache`
 
 
@@ -26,19 +26,14 @@ def over_all(
     k: jax.Array | Int8,
     v: jax.Array | Int8,
     queries: jax.Array | None,
-    visible: UpTo | InSpan | None,
+    visible: UpTo | None,
     scale: float,
     constrain: Constrain,
     axes: Axes,
 ) -> jax.Array:
-    """A back end of `attention` where all keys count: of pictures, of prompts from their beginning, of tiles."""
+    """A back end of `attention` for pictures, and for prompts from their beginning: JAX's splash kernel."""
     k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
-    if isinstance(visible, InSpan) and queries is not None:
-        segments = visible.segments(queries)
-    else:
-        segments = tuple(jnp.zeros((len(q), n), jnp.int32) for n in (q.shape[1], k.shape[2]))
-    attend = functools.partial(splash, causal=isinstance(visible, UpTo), scale=scale)
-    return spread(attend, constrain, axes)(q, k, v, *segments)
+    return spread(functools.partial(splash, causal=visible is not None, scale=scale), constrain, axes)(q, k, v)
 
 
 def over_cache(
@@ -46,41 +41,24 @@ def over_cache(
     k: jax.Array,
     v: jax.Array,
     queries: jax.Array,
-    visible: UpTo,
+    visible: UpTo | InSpan,
     scale: float,
     constrain: Constrain,
     axes: Axes,
 ) -> jax.Array:
-    """A back end of `attention` for queries at consecutive positions of a cache that is filled up to these."""
-    return spread(functools.partial(cached, scale=scale), constrain, axes)(q, k, v, queries[:, 0])
+    """A back end of `attention` for queries at consecutive positions, which reads of a cache only what is filled."""
+    spans = visible.of_keys() if isinstance(visible, InSpan) else None
+    return spread(functools.partial(cached, scale), constrain, axes)(q, k, v, queries[:, 0], spans)
 
 
-def spread(attend: Callable, constrain: Constrain, axes: Axes) -> Callable:
-    """`attend(q, k, v, *of_rows)` on a mesh that splits no keys by their positions."""
-    batch, heads, group, _ = axes
-    of_queries, of_keys = (batch, None, heads, group), (batch, heads)
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, *of_rows: jax.Array) -> jax.Array:
-        inputs = (of_queries, of_keys, of_keys, *((batch,) for _ in of_rows))
-        return constrain.local(attend, inputs, of_queries)(q, k, v, *of_rows)
-
-    return local
-
-
-def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array, keys: jax.Array, *, causal: bool, scale: float
-) -> jax.Array:
-    """Attend from q [B, T, K, G, H] to k, v [B, K, S, H] by JAX's splash kernel, which has a gradient.
-
-    Args:
-        queries, keys: int [B, T] and [B, S], segments: a query sees the keys whose number is its own.
-        causal: it sees none behind its own position either.
-    """
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, scale: float) -> jax.Array:
+    """Attend from q [B, T, K, G, H] to k, v [B, K, S, H], or if `causal` to those up to each one's own position."""
     T, K, G, S = *q.shape[1:4], k.shape[2]
     t, s = block(T), block(S)
-    q = padded(rearrange((q * scale).astype(q.dtype), "b t k g h -> b (k g) t h"), t, axis=2)
-    k, v = (padded(x, s, axis=2) for x in (k, v))
-    segments = splash_attention.SegmentIds(padded(queries, t, axis=1), padded(keys, s, axis=1, fill=-2))
+    q = padded(rearrange((q * scale).astype(q.dtype), "b t k g h -> b (k g) t h"), t)
+    k, v = padded(k, s), padded(v, s)
+    queries, keys = jnp.zeros(q.shape[2], jnp.int32), (jnp.arange(k.shape[2]) >= S).astype(jnp.int32)
+    segments = splash_attention.SegmentIds(queries, keys)  # a query sees the keys of its own segment: no padding
     mask: Any = splash_attention.CausalMask if causal else splash_attention.FullMask
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask((q.shape[2], k.shape[2]))] * (K * G)),
@@ -90,85 +68,106 @@ def splash(
         head_shards=1,
         q_seq_shards=1,
     )
-    y: Any = jax.vmap(kernel)(q, k, v, segments)
+    y: Any = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
     return rearrange(y[:, :, :T], "b (k g) t h -> b t k g h", g=G)
 
 
 def block(n: int) -> int:
     """How many of n positions a block of `splash` has: larger ones are faster, but the last is padded."""
-    return min((512, 384, 256, LANES), key=lambda size: -(-n // size) * (size + LANES // 2))
+    return min((512, 384, 256, 128), key=lambda size: -(-n // size) * (size + 64))
 
 
-def padded(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
-    """x with so much `fill` behind that `size` divides its axis."""
-    widths = [(0, -n % size if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=fill)
+def padded(x: jax.Array, size: int) -> jax.Array:
+    """x [B, heads, n, H] with zeros behind, so that `size` divides n."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % size), (0, 0)))
 
 
-def cached(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, *, scale: float) -> jax.Array:
-    """Attend from q [B, T, K, G, H] to the keys k, v [B, K, S, H] up to each query's position.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cached(
+    scale: float, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, spans: jax.Array | None
+) -> jax.Array:
+    """Attend from q [B, T, K, G, H], whose rows stand at positions start [B] and behind, to k, v [B, K, S, H].
 
-    A row's queries stand at positions start [B] and behind. Only those blocks of KEYS positions are read that hold
-    something which a query of its block of queries sees.
+    A key is seen by the positions [from, to) of its span, int32 [B, 2, S]; without spans from its own position on. Keys
+    are read in blocks, up to the last that a block of queries sees. The gradient is that of `xla`.
     """
     B, T, K, G, H = q.shape
     S, rows = k.shape[2], min(QUERIES, T * G + -(T * G) % 16)
     keys = min(KEYS, S)
-    q = padded(rearrange(q, "b t k g h -> b k (t g) h"), rows, axis=2)
+    q = padded(rearrange(q, "b t k g h -> b k (t g) h"), rows)
     blocks = q.shape[2] // rows
+    if spans is None:
+        used = jnp.minimum(start + T, S)
+    else:
+        used = jnp.where(spans[:, 0] < spans[:, 1], jnp.arange(1, S + 1), 1).max(axis=-1)
 
-    def last(start: jax.Array, i: jax.Array | int) -> jax.Array:
+    def last(b: Any, i: Any, start: Any, used: Any) -> Any:
         """The last block of keys that block i of queries sees."""
-        end = start + jax.lax.div((i + 1) * rows - 1, G)  # `//` would ask the host what chip this is
-        return jax.lax.div(jnp.minimum(end, S - 1), keys)
+        end = used[b]
+        if spans is None:
+            end = jnp.minimum(end, start[b] + jax.lax.div((i + 1) * rows - 1, G) + 1)
+        return jax.lax.div(end - 1, keys)  # `//` would ask what chip this is
 
-    own = pl.BlockSpec((None, None, rows, H), lambda b, k, i, j, start: (b, k, i, 0))
-    seen = pl.BlockSpec((None, None, keys, H), lambda b, k, i, j, start: (b, k, jnp.minimum(j, last(start[b], i)), 0))
+    def of_queries(b: Any, k: Any, i: Any, j: Any, *_: Any) -> tuple:
+        return b, k, i, 0
+
+    def of_keys(b: Any, k: Any, i: Any, j: Any, start: Any, used: Any) -> tuple:
+        return b, k, jnp.minimum(j, last(b, i, start, used)), 0
+
+    def of_spans(b: Any, k: Any, i: Any, j: Any, start: Any, used: Any) -> tuple:
+        return b, 0, jnp.minimum(j, last(b, i, start, used))
+
+    own, seen = pl.BlockSpec((None, None, rows, H), of_queries), pl.BlockSpec((None, None, keys, H), of_keys)
+    more = [] if spans is None else [jnp.clip(spans, 0, 2**20)]
     y = pl.pallas_call(
         functools.partial(_cached, last=last, group=G, scale=scale, length=S),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B, K, blocks, last(start.max(), blocks - 1) + 1),
-            in_specs=[own, seen, seen],
+            num_scalar_prefetch=2,
+            grid=(B, K, blocks, jax.lax.div(used.max() - 1, keys) + 1),
+            in_specs=[own, seen, seen, *(pl.BlockSpec((None, 2, keys), of_spans) for _ in more)],
             out_specs=own,
             scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (1, 1, H)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         name="cached_attention",
-    )(start, q, k, v)
+    )(start, used, q, k, v, *more)
     return rearrange(y[:, :, : T * G], "b k (t g) h -> b t k g h", g=G)
 
 
-def _cached(
-    start: Any, q: Any, k: Any, v: Any, y: Any, most: Any, total: Any, sums: Any,
-    *, last: Callable, group: int, scale: float, length: int,
-) -> None:  # fmt: skip
+def _cached(start: Any, used: Any, q: Any, k: Any, v: Any, *refs: Any,
+            last: Callable, group: int, scale: float, length: int) -> None:  # fmt: skip
     """A block of queries q [R, H], `group` to a position, meets one of keys and values [S', H].
 
     Its softmax is made block by block: `most` [R, 1] is the largest score so far, and against it stand `total` [R, 1],
     the sum of weights, and `sums` [R, H], that of weighted values.
     """
+    *spans, y, most, total, sums = refs
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     rows, keys = q.shape[0], k.shape[0]
 
     @pl.when(j == 0)
     def _() -> None:
-        most[...] = jnp.full_like(most, -jnp.inf)
+        most[...] = jnp.full_like(most, jnp.finfo(jnp.float32).min)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    @pl.when(j <= last(start[b], i))
+    @pl.when(j <= last(b, i, start, used))
     def _() -> None:
         scores = scale * jax.lax.dot_general(
             q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        row = i * rows + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        key = j * keys + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where((key - start[b]) * group <= row, scores, -jnp.inf)
+        row = start[b] * group + i * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        key = j * keys + jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+        if spans:
+            (span,) = spans
+            seen = (span[:1] * group <= row) & (row < span[1:] * group) & (key < length)
+        else:
+            seen = key * group <= row
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         values = v[...]
         if length % keys:  # behind the end of the cache there may be anything
-            position = j * keys + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            position = j * keys + jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
             values = jnp.where(position < length, values, 0)
         before, now = most[...], jnp.maximum(most[...], scores.max(axis=-1, keepdims=True))
         weights, kept = jnp.exp(scores - now), jnp.exp(before - now)
@@ -179,3 +178,22 @@ def _cached(
     @pl.when(j == pl.num_programs(3) - 1)
     def _() -> None:
         y[...] = (sums[...] / total[...]).astype(y.dtype)
+
+
+def _forward(scale: float, *arrays: Any) -> tuple[jax.Array, tuple]:
+    return cached(scale, *arrays), arrays
+
+
+def _backward(scale: float, arrays: tuple, y: jax.Array) -> tuple:
+    q, k, v, start, spans = arrays
+    positions = start[:, None] + jnp.arange(q.shape[1])
+
+    def visible(positions: jax.Array) -> jax.Array:
+        return (spans[:, :1] <= positions[..., None]) & (positions[..., None] < spans[:, 1:])
+
+    seen = UpTo(k.shape[2]) if spans is None else visible
+    _, pull = jax.vjp(lambda q, k, v: xla(q, k, v, positions, seen, scale), q, k, v)
+    return *pull(y), None, None
+
+
+cached.defvjp(_forward, _backward)

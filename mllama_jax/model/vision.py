@@ -6,13 +6,16 @@ from padding only, so dropping padding before the last layer would change the re
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from mllama_jax.config import ASPECT_RATIOS, VisionConfig
-from mllama_jax.model.attention import attention, on_hopper
+from mllama_jax.model.attention import attention
+from mllama_jax.model.gpu_attention import on_hopper, within
 from mllama_jax.model.layers import Constrain, LayerNorm, Linear, Remat, keep_all, parameter, run, unconstrained
 
 # Tiles behind each aspect ratio id; an absent image (id 0) counts one, as in Meta's code.
@@ -31,7 +34,7 @@ class SelfAttention(nn.Module):
         shape, axes = (c.heads, c.head_dim, c.width), ("vision_heads", "head_dim", "embed")
         qkv = Linear("btd,ckhd->btckh", (3, *shape), (None, *axes), name="qkv")(x)
         if on_hopper(self.constrain, x.dtype):
-            y = by_flash_kernel(qkv, padding, self.constrain)
+            y = within(qkv, padding, self.constrain)
         else:
             q, k, v = (jnp.swapaxes(each, 1, 2) for each in unseen_by_padding(qkv, padding))
             q, axes = jnp.swapaxes(q, 1, 2)[:, :, :, None], ("images", "vision_heads", None, "seq")
@@ -54,21 +57,8 @@ def unseen_by_padding(qkv: jax.Array, padding: jax.Array) -> tuple[jax.Array, ja
     return jnp.where(feature, -mark, q), jnp.where(feature, mark, k), v
 
 
-def by_flash_kernel(qkv: jax.Array, padding: jax.Array, constrain: Constrain) -> jax.Array:
-    """Attention within qkv [I, S, 3, heads, H] by `gpu_attention`, with that outer product as marks."""
-    from mllama_jax.model.gpu_attention import MARKS, flash
-
-    mark = jnp.pad(jnp.where(padding, 2.0**8, 0).astype(qkv.dtype)[..., None], ((0, 0), (0, 0), (0, MARKS - 1)))
-    inputs = ("images", None, None, "vision_heads"), ("images",), ("images",)
-
-    def attend(qkv: jax.Array, *marks: jax.Array) -> jax.Array:
-        return flash((qkv,), *marks, scale=qkv.shape[-1] ** -0.5)
-
-    return constrain.local(attend, inputs, ("images", None, "vision_heads"))(qkv, -mark, mark)
-
-
 class MLP(nn.Module):
-    """Two biased linear maps around the exact (erf) GELU."""
+    """Two biased linear maps around the exact GELU, `y (1 + erf(y / sqrt 2)) / 2` in float32."""
 
     config: VisionConfig
     constrain: Constrain = unconstrained
@@ -77,7 +67,8 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         y = Linear("btd,fd->btf", (c.hidden, c.width), ("vision_mlp", "embed"), bias=True, name="up")(x)
-        y = nn.gelu(y, approximate=False)
+        wide = y.astype(jnp.float32)
+        y = (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(y.dtype)
         y = Linear("btf,df->btd", (c.width, c.hidden), ("embed", "vision_mlp"), bias=True, name="down")(y)
         return self.constrain(y, "images", "seq", "residual")
 
