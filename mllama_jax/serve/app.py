@@ -181,10 +181,15 @@ class Service:
 
     async def warm(self, conversation: list[Any]) -> None:
         """Answer a conversation shortly, which compiles what such ones need."""
-        asked = Asked([conversation], {"max_new_tokens": 2}, None, False, False, False)
-        async for _ in self._pieces(await self._jobs(conversation, asked)):
+        async for _ in self.answer(conversation, max_new_tokens=2):
             pass
         await self._judge(conversation)
+
+    async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
+        """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""
+        asked = Asked([conversation], settings, None, False, False, False)
+        async for _, piece in self._pieces(await self._jobs(conversation, asked)):
+            yield piece
 
     # ---- Completions ------------------------------------------------------------------------------------------------
 
