@@ -32,8 +32,10 @@ from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
 from mllama_jax.processing.image import preprocess
 
-CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how often between two dispatches
+CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
+TOGETHER = 8  # prompts read at once, as long as they are no more tokens than two chunks
 PICTURES = 8  # encoded between two dispatches
+HURRY, FEW = 2, 8  # decode steps in a dispatch while someone waits who could be read, and while someone might come
 NEVER = -1e30  # the bias of a token that must not come
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
@@ -155,6 +157,7 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self._caches: Caches | None = None
         self._clock = 0
+        self._has_read = False  # rather than decoded, in the last step
 
     @property
     def config(self) -> MllamaConfig:
@@ -198,15 +201,21 @@ class Engine:
         return sum(len(slot.marks) for slot in self.slots) / (len(self.slots) * self.context)
 
     def step(self) -> Iterator[tuple[Request, str]]:
-        """Admit who waits, read at most CHUNKS chunks of prompts, decode a block; gives who got which new text.
+        """Admit who waits and read, or decode a block, in turn where there is both; gives who got which new text.
 
         A request is finished when its answer has a `finish_reason`. Where this is left by an exception, what the slots
         held is lost, and the next call reads it again.
         """
         if self._caches is None:
             self._begin_anew()
-        self._admit()
-        yield from self._read()
+        decoding = any(slot.request and not slot.reading for slot in self.slots)
+        if not (self._has_read and decoding):
+            self._admit()
+            self._has_read = any(slot.reading for slot in self.slots)
+            if self._has_read:
+                yield from self._read()
+                return
+        self._has_read = False
         yield from self._decode()
 
     # ---- Admission --------------------------------------------------------------------------------------------------
@@ -227,7 +236,7 @@ class Engine:
             if admitted and len(missing | new) > PICTURES:
                 break
             admitted, missing = admitted + 1, missing | new
-        encoded = self._encode(list(missing.values()))
+        encoded = {digest: self._encode(picture) for digest, picture in missing.items()}
         for _ in range(admitted):
             self._place(self.waiting[0], encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
@@ -237,19 +246,12 @@ class Engine:
         places = ((slot, slot.place_of(digest)) for slot in self.slots)
         return next(((slot, tile) for slot, tile in places if tile is not None), None)
 
-    def _encode(self, pictures: Sequence[Picture]) -> dict[bytes, Layers]:
-        """Keys and values of pictures."""
-        found = {}
-        for start in range(0, len(pictures), PICTURES):
-            some = pictures[start : start + PICTURES]
-            padded = [*some, *[some[0]] * (bucket(len(some)) - len(some))]
-            pixels, ids = np.concatenate([p.pixels for p in padded]), np.concatenate([p.ratio_id for p in padded])
-            features = decode.encode(self.model, self.params, pixels, ids)
-            for i, picture in enumerate(some):
-                tiles = np.arange(picture.tiles, dtype=np.int32)[None] + i * features.shape[1]
-                nobody = np.zeros((*tiles.shape, 2), np.int32)
-                found[picture.digest] = decode.keys_values(self.model, self.params, features, tiles, nobody).layers
-        return found
+    def _encode(self, picture: Picture) -> Layers:
+        """Keys and values of a picture. Several at once would gain little, and the first would wait for all pixels."""
+        features = decode.encode(self.model, self.params, picture.pixels, picture.ratio_id)
+        tiles = np.arange(picture.tiles, dtype=np.int32)[None]
+        nobody = np.zeros((*tiles.shape, 2), np.int32)
+        return decode.keys_values(self.model, self.params, features, tiles, nobody).layers
 
     def _place(self, request: Request, encoded: dict[bytes, Layers]) -> None:
         """Give a request the slot that serves it best, and bring its pictures there."""
@@ -281,49 +283,76 @@ class Engine:
 
     def _take(self, picture: Picture) -> Layers:
         if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
-            return self._encode([picture])[picture.digest]
+            return self._encode(picture)
         slot, tile = held
         length = picture.tiles * self._tile
         return slots.take_tiles(self._caches, slot.row, tile * self._tile, length=length)
 
     # ---- Reading and decoding ---------------------------------------------------------------------------------------
 
-    def _read(self) -> Iterator[tuple[Request, str]]:
+    def _read(self) -> list[tuple[Request, str]]:
         """Read prompts in turn, a chunk of each; whose prompt ends has its first token."""
         reading = deque(sorted((slot for slot in self.slots if slot.reading), key=lambda slot: slot.used))
-        for _ in range(CHUNKS):
-            if not reading:
-                return
-            slot = reading.popleft()
-            request = slot.request
-            assert request is not None
-            if (text := self._read_chunk(slot, request)) is None:
-                reading.append(slot)
-            else:
-                yield request, text
+        left, read = CHUNKS * CHUNK, []
+        while reading and left > 0:
+            group = self._together(reading)
+            made, tokens = self._read_chunks(group)
+            left -= tokens
+            read.append((made, [(row, slot) for row, slot in enumerate(group) if len(self._unread(slot)) <= CHUNK]))
+            for slot in group:
+                if slot.request and len(self._unread(slot)) > CHUNK:
+                    slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + CHUNK]
+                    reading.append(slot)
+        found = []
+        for made, ended in read:  # on the device the next is under way
+            block = jax.tree.map(lambda x: x[:, None], decode.on_host(made)) if ended else made
+            for row, slot in ended:
+                assert slot.request is not None
+                slot.reading = False
+                found.append((slot.request, self._push(slot, block, row, 1)))
+        return found
 
-    def _read_chunk(self, slot: Slot, request: Request) -> str | None:
-        """Read a chunk of a request into its slot; the answer's new text where the prompt ends."""
-        answer, prompt, known = request.answer, request.prompt.tokens, len(slot.marks)
-        new = [*prompt, *answer.tokens][known : known + CHUNK]
-        tokens = np.full(bucket(len(new), 16), self.config.pad, np.int32)
-        tokens[: len(new)] = new
-        self._make_room(positions=known + len(tokens))
-        settings = Settings.of([answer.params], [prompt], self.config.stops, self.config.text.vocab)
-        settings = guided(settings, {0: request.guide} if request.guide else {})
-        spans, made = slot.spans(self._tiles)[None], np.array([len(answer.tokens)], np.int32)
-        caches, self._caches = self._caches, None
-        self._caches, first = slots.read(
-            *(self.model, self.params, caches, spans, slot.row, tokens, known, len(new) - 1),
-            *(settings, made, counts_of(settings, [answer])),
-            top=top_of([answer]),
+    def _unread(self, slot: Slot) -> list[int]:
+        """What a slot has yet to read."""
+        assert slot.request is not None
+        return [*slot.request.prompt.tokens, *slot.request.answer.tokens][len(slot.marks) :]
+
+    def _together(self, reading: deque[Slot]) -> list[Slot]:
+        """Take who is to read next, and as many of those behind as can read at once with it."""
+        group, longest = [], 0
+        while reading and len(group) < TOGETHER:
+            longest = max(longest, bucket(len(self._unread(reading[0])[:CHUNK]), 16))
+            if group and (len(group) + 1) * longest > 2 * CHUNK:
+                break
+            group.append(reading.popleft())
+        return group
+
+    def _read_chunks(self, group: Sequence[Slot]) -> tuple[decode.Made, int]:
+        """Let slots read a chunk each: what follows each, on the device, and how many tokens went through the model."""
+        length = bucket(max(len(self._unread(slot)[:CHUNK]) for slot in group), 16)
+        size = 1 if len(group) == 1 else min(TOGETHER, 2 * CHUNK // length)  # one or all, for few programs
+        padded = [*group, *[group[0]] * (size - len(group))]
+        requests = [slot.request for slot in padded if slot.request]
+        tokens = np.full((size, length), self.config.pad, np.int32)
+        starts, ends = np.zeros((2, size), np.int32)
+        for row, slot in enumerate(padded):
+            new = self._unread(slot)[:CHUNK]
+            tokens[row, : len(new)], starts[row], ends[row] = new, len(slot.marks), len(new) - 1
+        self._make_room(positions=int(starts.max()) + length)
+        answers, prompts = [each.answer for each in requests], [each.prompt.tokens for each in requests]
+        settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
+        settings = guided(settings, {row: each.guide for row, each in enumerate(requests) if each.guide})
+        spans = np.stack([slot.spans(self._tiles) for slot in padded])
+        rows, made = (
+            np.array(each, np.int32) for each in ([slot.row for slot in padded], [len(a.tokens) for a in answers])
         )
-        if known + len(new) < len(prompt) + len(answer.tokens):
-            slot.marks = [*request.marks, *answer.tokens][: known + len(new)]
-            return None
-        first = decode.on_host(first)
-        slot.reading = False
-        return self._push(slot, jax.tree.map(lambda x: x[:, None], first), 0, 1)
+        caches, self._caches = self._caches, None
+        self._caches, following = slots.read(
+            *(self.model, self.params, caches, spans, rows, tokens, starts, ends),
+            *(settings, made, counts_of(settings, answers)),
+            top=top_of(answers),
+        )
+        return following, size * length
 
     def _decode(self) -> list[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read."""
@@ -351,14 +380,23 @@ class Engine:
         token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
         state = decode.State(caches.text, token, position, made, done, counts)
         cross, self._caches = caches.cross(jnp.asarray(spans), slots.tile_tokens(self.model)), None
+        steps = 1 if guides else self._steps()
         state, block, columns = decode.decode(
-            self.model, self.params, state, cross, settings, steps=1 if guides else STEPS, top=top_of(answers)
+            self.model, self.params, state, cross, settings, steps=steps, top=top_of(answers)
         )
         self._caches = dataclasses.replace(caches, text=state.cache)
         block, columns = decode.on_host(block), int(columns)
         requests = [slot.request for slot in rows if slot.request]
         texts = [self._push(slot, block, slot.row, columns) for slot in rows]
         return list(zip(requests, texts, strict=True))
+
+    def _steps(self) -> int:
+        """How many steps a dispatch makes, which nobody can join."""
+        if any(slot.reading for slot in self.slots):
+            return HURRY
+        if all(slot.request for slot in self.slots):
+            return STEPS
+        return HURRY if self.waiting else FEW
 
     def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
         """Give an answer its new tokens; all but the last of them are in the cache."""
