@@ -276,6 +276,25 @@ def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Dr
     assert encoded == [1, 1]
 
 
+def test_a_picture_that_a_slot_holds_is_not_prepared_again(
+    tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, preprocess = [], engine.preprocess
+
+    def counting(images: list[Image.Image], vision: Any) -> Any:
+        prepared.extend(images)
+        return preprocess(images, vision)
+
+    monkeypatch.setattr(engine, "preprocess", counting)
+    served = Engine(tiny.model, tiny.params, slots=1, context=256)
+    serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
+    serve(served, ask(tiny, [512, IMAGE, 2], picture(1)))
+    assert len(prepared) == 1
+    serve(served, ask(tiny, [512, 3]))
+    serve(served, ask(tiny, [512, IMAGE, 4], picture(1)))
+    assert len(prepared) == 2
+
+
 @pytest.mark.usefixtures("brisk")
 def test_many_pictures_let_the_others_go_on(
     tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch

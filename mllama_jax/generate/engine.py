@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mllama_jax.config import MllamaConfig
+from mllama_jax.config import MllamaConfig, VisionConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
 from mllama_jax.generate.answer import Answer
@@ -48,9 +49,20 @@ class Picture:
     pixels: np.ndarray
     ratio_id: np.ndarray
 
+    @classmethod
+    def of(cls, image: Image.Image, vision: VisionConfig) -> Picture:
+        """Prepare a picture, unless somebody, such as a slot, still holds it prepared."""
+        digest = digest_of(image)
+        if (picture := _held.get((digest, vision))) is None:
+            picture = _held[digest, vision] = cls(digest, *preprocess([image], vision))
+        return picture
+
     @property
     def tiles(self) -> int:
         return TILES[int(self.ratio_id[0])]
+
+
+_held: weakref.WeakValueDictionary[tuple[bytes, VisionConfig], Picture] = weakref.WeakValueDictionary()
 
 
 class Guide(Protocol):
@@ -90,7 +102,7 @@ class Request:
         pictures = []
         for image in prompt.images:
             assert config.vision is not None
-            pictures.append(Picture(digest_of(image), *preprocess([image], config.vision)))
+            pictures.append(Picture.of(image, config.vision))
         return cls.prepared(config, prompt, answer, pictures, guide)
 
     @classmethod
