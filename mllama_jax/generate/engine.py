@@ -25,7 +25,6 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import bucket, check_rows
-from mllama_jax.generate.decode import STEPS
 from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
 from mllama_jax.generate.slots import Caches, Layers
 from mllama_jax.model.mllama import MllamaModel, Params
@@ -36,7 +35,7 @@ from mllama_jax.processing.image import preprocess
 CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
 TOGETHER = 8  # prompts read at once, as long as they are no more tokens than two chunks
 PICTURES = 8  # encoded between two dispatches
-HURRY, FEW = 2, 8  # decode steps in a dispatch while someone waits who could be read, and while someone might come
+STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
 NEVER = -1e30  # the bias of a token that must not come
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
@@ -152,6 +151,24 @@ class Slot:
         return spans
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """New tokens on their way from the device.
+
+    Attributes:
+        rows: who gets them.
+        state, settings, spans: what the next block goes on from; the caches are the engine's.
+        made, columns: the tokens, and how many a row got.
+    """
+
+    rows: list[tuple[Slot, Request]]
+    state: decode.State
+    settings: Settings
+    spans: jax.Array
+    made: decode.Made
+    columns: jax.Array
+
+
 class Engine:
     """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
 
@@ -170,6 +187,7 @@ class Engine:
         self._caches: Caches | None = None
         self._clock = 0
         self._has_read = False  # rather than decoded, in the last step
+        self._under_way: Block | None = None
 
     @property
     def config(self) -> MllamaConfig:
@@ -221,7 +239,7 @@ class Engine:
         if self._caches is None:
             self._begin_anew()
         decoding = any(slot.request and not slot.reading for slot in self.slots)
-        if not (self._has_read and decoding):
+        if self._under_way is None and not (self._has_read and decoding):
             self._admit()
             self._has_read = any(slot.reading for slot in self.slots)
             if self._has_read:
@@ -234,6 +252,7 @@ class Engine:
 
     def _begin_anew(self) -> None:
         """Empty caches; who had a slot waits in front, and goes on where the answer was."""
+        self._under_way = None
         active = [slot for slot in self.slots if slot.request is not None]
         self.waiting.extendleft(slot.request for slot in sorted(active, key=lambda slot: -slot.used) if slot.request)
         self.slots = [Slot(row) for row in range(len(self.slots))]
@@ -367,11 +386,23 @@ class Engine:
         return following, size * length
 
     def _decode(self) -> list[tuple[Request, str]]:
-        """A block of new tokens for everyone whose prompt has been read."""
-        rows = [slot for slot in self.slots if slot.request and not slot.reading]
-        if not rows:
+        """A block of new tokens for everyone whose prompt has been read; when it comes the next is under way."""
+        block, self._under_way = self._under_way or self._begin(), None
+        if block is None:
             return []
-        self._make_room(positions=max(len(slot.marks) for slot in rows) + STEPS + 1)
+        following = self._go_on(block) if self._may_go_on(block) else None
+        made, columns = decode.on_host(block.made), int(block.columns)
+        rows = [(slot, request) for slot, request in block.rows if slot.request is request]  # but who was cancelled
+        texts = [self._push(slot, made, slot.row, columns) for slot, _ in rows]
+        self._under_way = following  # not before: what follows a block that was lost is lost too
+        return [(request, text) for (_, request), text in zip(rows, texts, strict=True)]
+
+    def _begin(self) -> Block | None:
+        """Decode from where the answers are; None where there are none."""
+        rows = [(slot, slot.request) for slot in self.slots if slot.request and not slot.reading]
+        if not rows:
+            return None
+        self._make_room(positions=max(len(slot.marks) for slot, _ in rows) + 2 * STEPS + 1)
         n, caches = len(self.slots), self._caches
         assert caches is not None
         token, made = np.zeros(n, np.int32), np.zeros(n, np.int32)
@@ -379,36 +410,56 @@ class Engine:
         position, done = np.full(n, caches.text[0].length - 1, np.int32), np.ones(n, bool)
         spans = np.zeros((n, self._tiles, 2), np.int32)
         answers, prompts = [IDLE] * n, [[]] * n
-        for slot in rows:
-            assert slot.request is not None
-            answer, i = slot.request.answer, slot.row
+        for slot, request in rows:
+            answer, i = request.answer, slot.row
             token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
             spans[i] = slot.spans(self._tiles)
-            answers[i], prompts[i] = answer, slot.request.prompt.tokens
-        guides = {slot.row: slot.request.guide for slot in rows if slot.request and slot.request.guide}
+            answers[i], prompts[i] = answer, request.prompt.tokens
+        guides = {slot.row: request.guide for slot, request in rows if request.guide}
         settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
         settings = guided(settings, guides)
-        counts = counts_of(settings, answers)
         token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
-        state = decode.State(caches.text, token, position, made, done, counts)
-        cross, self._caches = caches.cross(jnp.asarray(spans), slots.tile_tokens(self.model)), None
-        steps = 1 if guides else self._steps()
-        state, block, columns = decode.decode(
-            self.model, self.params, state, cross, settings, steps=steps, top=top_of(answers)
+        state = decode.State((), token, position, made, done, counts_of(settings, answers))
+        return self._dispatch(rows, state, settings, jnp.asarray(spans))
+
+    def _may_go_on(self, block: Block) -> bool:
+        """Whether the next block can begin before this one is known, and keeps nobody waiting."""
+        if self._hurried or any(request.guide for _, request in block.rows):
+            return False
+        if not block.columns.is_fully_addressable:
+            return False  # to gather a block from several processes is itself a program, behind the next block
+        return any(
+            request.answer.params.max_new_tokens > len(request.answer.tokens) + STEPS for _, request in block.rows
+        )
+
+    def _go_on(self, block: Block) -> Block:
+        """Decode from where a block ends, on the device."""
+        self._make_room(positions=max(len(slot.marks) for slot, _ in block.rows) + 2 * STEPS + 1)
+        return self._dispatch(block.rows, block.state, block.settings, block.spans)
+
+    def _dispatch(
+        self, rows: list[tuple[Slot, Request]], state: decode.State, settings: Settings, spans: jax.Array
+    ) -> Block:
+        caches, self._caches = self._caches, None
+        assert caches is not None
+        held = any(request.guide for _, request in rows)
+        state, made, columns = decode.decode(
+            self.model,
+            self.params,
+            dataclasses.replace(state, cache=caches.text),
+            caches.cross(spans, slots.tile_tokens(self.model)),
+            settings,
+            steps=1 if held else HURRY if self._hurried else STEPS,
+            top=top_of([request.answer for _, request in rows]),
         )
         self._caches = dataclasses.replace(caches, text=state.cache)
-        block, columns = decode.on_host(block), int(columns)
-        requests = [slot.request for slot in rows if slot.request]
-        texts = [self._push(slot, block, slot.row, columns) for slot in rows]
-        return list(zip(requests, texts, strict=True))
+        return Block(rows, dataclasses.replace(state, cache=()), settings, spans, made, columns)
 
-    def _steps(self) -> int:
-        """How many steps a dispatch makes, which nobody can join."""
-        if any(slot.reading for slot in self.slots):
-            return HURRY
-        if all(slot.request for slot in self.slots):
-            return STEPS
-        return HURRY if self.waiting else FEW
+    @property
+    def _hurried(self) -> bool:
+        """Whether someone waits only for the others to let it read."""
+        free = any(slot.request is None for slot in self.slots)
+        return any(slot.reading for slot in self.slots) or (free and bool(self.waiting))
 
     def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
         """Give an answer its new tokens; all but the last of them are in the cache."""
