@@ -14,9 +14,10 @@ from PIL import Image
 
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, engine, slots
+from mllama_jax.generate import decode, engine, requests, slots
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import Prompt, load_template
 from mllama_jax.serve.hosts import Connection, Follower, Leader, Order, obey
@@ -279,13 +280,13 @@ def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Dr
 def test_a_picture_that_a_slot_holds_is_not_prepared_again(
     tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared, preprocess = [], engine.preprocess
+    prepared, preprocess = [], requests.preprocess
 
     def counting(images: list[Image.Image], vision: Any) -> Any:
         prepared.extend(images)
         return preprocess(images, vision)
 
-    monkeypatch.setattr(engine, "preprocess", counting)
+    monkeypatch.setattr(requests, "preprocess", counting)
     served = Engine(tiny.model, tiny.params, slots=1, context=256)
     serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
     serve(served, ask(tiny, [512, IMAGE, 2], picture(1)))
