@@ -315,6 +315,34 @@ def test_many_pictures_let_the_others_go_on(
     assert counts == [(0, engine.HURRY), (2, 0)] * 2 + [(0, engine.HURRY), (1, 0)]
 
 
+@pytest.mark.usefixtures("brisk")
+def test_the_next_block_is_under_way_when_one_comes(tiny: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where someone could be read first."""
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
+    serve_once(served, first := ask(tiny, [512, 1], new=40))  # read
+    happened, run, fetch = [], decode.decode, decode.on_host
+
+    def running(*args: Any, steps: int, **options: Any) -> Any:
+        happened.append(steps)
+        return run(*args, steps=steps, **options)
+
+    def fetching(tree: Any) -> Any:
+        happened.append("fetched")
+        return fetch(tree)
+
+    monkeypatch.setattr(decode, "decode", running)
+    monkeypatch.setattr(decode, "on_host", fetching)
+    serve_once(served)
+    serve_once(served)
+    assert happened == [engine.STEPS, engine.STEPS, "fetched", engine.STEPS, "fetched"]
+    assert len(first.answer.tokens) == 1 + 2 * engine.STEPS
+    happened.clear()
+    serve_once(served, ask(tiny, [512, 2]))
+    assert happened == ["fetched"]
+    serve_once(served)  # read
+    assert happened == ["fetched", "fetched"]
+
+
 def test_a_beginning_that_a_slot_has_read_is_not_read_again(tiny: Mllama, chunks: list[tuple[int, int]]) -> None:
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
     beginning = [512, *range(100)]
