@@ -13,6 +13,7 @@ from mllama_jax.config import TextConfig
 from mllama_jax.generate.decode import CHUNK
 from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
 from mllama_jax.model.mllama import Params
+from mllama_jax.model.quantize import size
 from mllama_jax.sharding.hlo import Collective
 from mllama_jax.sharding.mesh import Topology
 from mllama_jax.sharding.programs import Programs, Workload
@@ -67,7 +68,8 @@ def floor(topology: Topology, programs: Programs, load: Workload, collectives: C
 
 def _work(leaf: jax.ShapeDtypeStruct) -> float:
     """Numbers of a parameter that a device multiplies with, those of int8 counted half."""
-    return device_bytes(leaf) / np.dtype(leaf.dtype).itemsize / (2 if leaf.dtype == np.int8 else 1)
+    share = device_bytes(leaf) / (leaf.size * np.dtype(leaf.dtype).itemsize)
+    return share * size(leaf) / (2 if leaf.dtype == np.int8 else 1)
 
 
 def decode_weights(params: Params, config: TextConfig, *, pictures: bool) -> Any:

@@ -15,13 +15,13 @@ from mllama_jax.cli import SHIPPED
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
-from mllama_jax.model.quantize import product, quantize
+from mllama_jax.model.quantize import product, to_int8
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
 
 def test_values_are_within_half_a_step() -> None:
     x = jax.random.normal(jax.random.key(0), (5, 3, 64))
-    values, scale = quantize(x)
+    values, scale = to_int8(x)
     assert (values.dtype, scale.shape) == (jnp.int8, (5, 3))
     assert int(jnp.abs(values).max(axis=-1).min()) == 127
     assert float((jnp.abs(values * scale[..., None] - x) / scale[..., None]).max()) <= 0.5 + 1e-4
@@ -29,9 +29,9 @@ def test_values_are_within_half_a_step() -> None:
 
 def test_a_product_is_close_and_exact_in_what_was_quantised() -> None:
     x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (2, 7, 256)), (2, (2, 12, 256))))
-    values, scale = quantize(kernel)
+    values, scale = to_int8(kernel)
     ours = product("btd,cfd->btcf", x, values, scale)
-    own, own_scale = quantize(x)
+    own, own_scale = to_int8(x)
     same = jnp.einsum("btd,cfd->btcf", own * own_scale[..., None], values * scale[..., None], precision="highest")
     np.testing.assert_allclose(ours, same, atol=1e-4)
     exact = jnp.einsum("btd,cfd->btcf", x, kernel, precision="highest")
@@ -39,7 +39,7 @@ def test_a_product_is_close_and_exact_in_what_was_quantised() -> None:
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    values, scale = quantize(jnp.zeros((2, 16)))
+    values, scale = to_int8(jnp.zeros((2, 16)))
     assert not values.any()
     assert np.isfinite(scale).all()
 
