@@ -118,14 +118,25 @@ def _integers(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def from_int4(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """What `to_int4` was given, rounded: uint8 [..., D / 2] and scales [..., D / g] -> [..., D] in this dtype."""
-    packed = rearrange(packed, "... (z h) -> ... z 1 h", z=scale.shape[-1])
-    values = (packed >> np.array([[0], [4]], np.uint8) & 15).astype(dtype) - 8  # ... z 2 h
-    return rearrange(values * scale[..., None, None].astype(dtype), "... z p h -> ... (z p h)")
+    return rearrange(_halves(packed, scale, dtype), "p ... (z h) -> ... (z p h)", z=scale.shape[-1])
+
+
+def _halves(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """The numbers in the low halves of bytes, [..., D / 2], and those in the high ones."""
+    scale = jnp.repeat(scale.astype(dtype), packed.shape[-1] // scale.shape[-1], axis=-1)
+    return [((packed >> shift & 15).astype(dtype) - 8) * scale for shift in (0, 4)]
 
 
 def int4_product(equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
-    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype."""
-    return einsum(equation, x, from_int4(packed, scale, x.dtype))
+    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype.
+
+    It is a product with each half: so the TPU's compiler needs not widen most kernels outside of its products.
+    """
+    # Else a loop of decode steps would begin by widening all kernels, and hold them.
+    x, packed, scale = jax.lax.optimization_barrier((x, packed, scale))
+    parts = rearrange(x, "... (z p h) -> p ... (z h)", z=scale.shape[-1], p=2)
+    low, high = _halves(packed, scale, x.dtype)
+    return einsum(equation, parts[0], low) + einsum(equation, parts[1], high)
 
 
 # ---- Kernels ------------------------------------------------------------------------------------------------------
