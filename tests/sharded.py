@@ -114,6 +114,20 @@ def quantized(directory: str) -> None:
         print(json.dumps({"mesh": axes, "error": error, "other_scales": other, "tokens": made == tokens}))
 
 
+def packed(directory: str) -> None:
+    """int4 on a mesh, made there and stored, against one device; prints the error."""
+    wanted, tokens = answers(mllama_jax.load(directory, dtype="float32", quantize="int4"))
+    convert(directory, f"{directory}/int4", to="orbax", quantize="int4")
+    mesh = make_mesh({"data": 1, "kv": 4, "q": 2}, jax.devices())
+    split = mllama_jax.load(directory, dtype="float32", mesh=mesh, quantize="int4")
+    stored = mllama_jax.load(f"{directory}/int4", dtype="float32", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, split.params, stored.params)
+    logits, made = answers(split)
+    error, kernel = float(np.abs(wanted - logits).max()), split.params["text"]["layers_0"]["mlp"]["down"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (64, 1024 // 2 // 8)
+    print(json.dumps({"mesh": dict(mesh.shape), "error": error, "tokens": made == tokens}))
+
+
 def cached(directory: str) -> None:
     """int8 caches on meshes against one device; prints errors, and how far caches in float32 are off."""
     wanted, tokens = answers(mllama_jax.load(directory, dtype="float32", cache="int8"))
@@ -128,9 +142,11 @@ def cached(directory: str) -> None:
 def refuse(directory: str) -> None:
     """What cannot be placed is refused in one line, before anything is loaded."""
 
-    def refused(message: str, mesh: Mesh, rules: str | dict[str, MeshAxes] = "serve") -> None:
+    def refused(
+        message: str, mesh: Mesh, rules: str | dict[str, MeshAxes] = "serve", quantize: str | None = None
+    ) -> None:
         with pytest.raises(InputError, match=message) as error:
-            mllama_jax.load(directory, mesh=mesh, rules=rules)
+            mllama_jax.load(directory, mesh=mesh, rules=rules, quantize=quantize)
         assert "\n" not in str(error.value)
 
     def mesh(*shape: int, axes: tuple[str, ...] = ("data", "kv", "q")) -> Mesh:
@@ -146,6 +162,12 @@ def refuse(directory: str) -> None:
         r"text/layers_0/mlp/down/kernel \[64, 96\] on mesh \(x 8\): .* split twice over \['x'\], by \['embed', 'mlp'\]",
         mesh(8, axes=("x",)),
         {"embed": "x", "mlp": "x"},
+    )
+    refused(
+        r"text/layers_0/attention/out/scale \[64, 1\] on mesh \(data 4, kv 2, q 1\): heads of size 1 does not divide "
+        r"over kv x q = 2; \[1\] would; int4 splits between groups of inputs",
+        mesh(4, 2, 1),
+        quantize="int4",
     )
     refused("unknown logical axes \\['head'\\]; known are batch, ", mesh(8, axes=("x",)), {"head": "x"})
     refused("preset 'fast' is not known; known are serve, ", mesh(2, 2, 2), "fast")
@@ -189,6 +211,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, cached, refuse, restore, clean):
+    for task in (compare, quantized, packed, cached, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

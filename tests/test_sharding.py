@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
 from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.rules import LOGICAL_AXES, PRESETS, mesh_axes, preset_rules
-from tests.conftest import SMALL
+from tests.conftest import SMALL, SPREAD, write_random
 from tests.sharded import CASES
 
 
@@ -69,6 +70,13 @@ def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> N
     """The same logits and tokens as one device whose activations have a scale for each part that a mesh would have."""
     for found in equal(8, "quantized", str(spread_directory)):
         assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
+
+
+def test_int4_equals_one_device(tmp_path: Path) -> None:
+    """The same logits and tokens, groups of inputs being split over eight devices."""
+    config = dataclasses.replace(SPREAD, text=dataclasses.replace(SPREAD.text, head_dim=128, hidden=1024))
+    write_random(tmp_path / "hf", config)
+    equal(8, "packed", str(tmp_path / "hf"))
 
 
 def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:
