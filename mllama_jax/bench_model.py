@@ -16,7 +16,7 @@ from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
-from mllama_jax.model.quantize import size
+from mllama_jax.model.quantize import GROUP, count
 from mllama_jax.model.vision import TILES
 from mllama_jax.sharding.fit_table import shallow
 from mllama_jax.sharding.mesh import Chip, make_mesh
@@ -99,7 +99,7 @@ class Bench:
         keys = context * len(text.self_layers)
         if cross is not None:
             keys += cross.layers[0].length * len(text.cross_layers)
-        numbers = sum(map(size, jax.tree.leaves(weights)))
+        numbers = sum(map(count, jax.tree.leaves(weights)))
         read = device_bytes((weights, cache, cross))
         flops = 4 * rows * text.heads * text.head_dim * keys
         return dispatch, Floor(read, 2 * rows * numbers / self.devices, flops / self.devices)
@@ -135,8 +135,8 @@ class Bench:
             return decode.prefill(self.model, self.params, ids, lengths, cache, cross, settings, top=0)[1]
 
         weights = self._decode_weights(picture)
-        head = size(self.params["text"].get("head", {"kernel": self.params["text"]["embedding"]})["kernel"])
-        numbers = sum(map(size, jax.tree.leaves(weights))) - head
+        head = count(self.params["text"].get("head", {"kernel": self.params["text"]["embedding"]})["kernel"])
+        numbers = sum(map(count, jax.tree.leaves(weights))) - head
         inner = 4 * text.heads * text.head_dim
         weight_flops = 2 * tokens * numbers + 2 * head
         flops = inner * tokens * (tokens + 1) / 2 * len(text.self_layers)
@@ -196,7 +196,8 @@ def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | No
 
 def _parameter(path: tuple[Any, ...], like: Any) -> jax.Array:
     """A parameter; the scales of int4 kernels, unlike those of norms, have an axis of groups."""
-    return normal(like, 3e-3 if path[-1].key == "scale" and like.ndim > 1 else None)
+    grouped = path[-1].key == "scale" and like.ndim > 1
+    return normal(like, (like.shape[-1] * GROUP) ** -0.5 / 4.6 if grouped else None)  # 4.6: of -8 ... 7 the deviation
 
 
 def normal(like: Any, scale: float | None = None) -> jax.Array:

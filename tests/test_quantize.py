@@ -18,7 +18,7 @@ from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import abstract_parameters
-from mllama_jax.model.quantize import QUANTIZERS, product, size, to_int4, to_int8, widen
+from mllama_jax.model.quantize import QUANTIZERS, count, product, to_int4, to_int8, widen
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
 STORED = {"int8": "int8", "int4": "uint8"}
@@ -113,9 +113,9 @@ def test_the_11b_in_int4_is_below_8_gb() -> None:
     tree = nn.unbox(abstract_parameters(PRESETS["11b-instruct"], "bfloat16", "int4"))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) < 8e9
     down, head = tree["text"]["layers_0"]["mlp"]["down"], tree["text"]["head"]
-    assert size(down["kernel"]) == 4096 * 14336
+    assert count(down["kernel"]) == 4096 * 14336
     for each in (down, head):
-        assert each["scale"].size * 128 == size(each["kernel"])
+        assert each["scale"].size * 128 == count(each["kernel"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

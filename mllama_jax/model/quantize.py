@@ -75,7 +75,8 @@ def int8_product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Arra
 # ---- int4 ---------------------------------------------------------------------------------------------------------
 
 GROUP = 128  # inputs that share a scale, at most
-# Scales that are tried, as shares of the one that clips nothing: of weights the square of the error falls by a third.
+# Scales that are tried, as shares of the one that clips nothing: normal numbers have 0.88 of the squared error that the
+# first alone leaves, and 0.68 of that of rounding to -7 ... 7.
 SHARES = np.linspace(1, 0.7, 8, dtype=np.float32)
 
 
@@ -94,8 +95,8 @@ def to_int4(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     j + g / 2 in its high half. The number of largest magnitude in a group lies at -8, so that its scale has the
     opposite sign (as in llama.cpp's Q4_0), or is clipped there: the least squares of `SHARES` are taken.
     """
-    x = rearrange(x.astype(jnp.float32), "... (z g) -> ... z g", g=group_size(x.shape[-1]))
-    low, high = x.min(axis=-1), x.max(axis=-1)
+    x = rearrange(x, "... (z g) -> ... z g", g=group_size(x.shape[-1]))
+    low, high = (extreme(x, axis=-1).astype(jnp.float32) for extreme in (jnp.min, jnp.max))
     widest = jnp.where(high > -low, high, low) / -8
 
     def scaled(share: jax.Array) -> jax.Array:
@@ -130,9 +131,10 @@ def _halves(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> list[jax.A
 def int4_product(equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
     """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype.
 
-    It is a product with each half: so the TPU's compiler needs not widen most kernels outside of its products.
+    It is the sum of the products with both halves of the bytes: so the TPU's compiler unpacks most kernels as it reads
+    them.
     """
-    # Else a loop of decode steps would begin by widening all kernels, and hold them.
+    # Else XLA widens all kernels before a loop of decode steps, and holds them.
     x, packed, scale = jax.lax.optimization_barrier((x, packed, scale))
     parts = rearrange(x, "... (z p h) -> p ... (z h)", z=scale.shape[-1], p=2)
     low, high = _halves(packed, scale, x.dtype)
@@ -194,7 +196,7 @@ def quantization(dtypes: Iterable[Any]) -> str | None:
     return next((name for name, dtype in _STORED.items() if dtype in found), None)
 
 
-def size(leaf: Any) -> int:
+def count(leaf: Any) -> int:
     """How many numbers a parameter holds: in int4 two to a byte."""
     return leaf.size * (2 if leaf.dtype == _STORED["int4"] else 1)
 
