@@ -75,15 +75,10 @@ def small_directory(small_params: Params, tmp_path_factory: pytest.TempPathFacto
 def spread_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight query heads of four key/value heads, which two mesh axes can split."""
     directory = tmp_path_factory.mktemp("spread")
-    write_random(directory, SPREAD)
-    return directory
-
-
-def write_random(directory: Path, config: MllamaConfig) -> None:
-    """Random weights with open gates."""
-    params = jax.device_get(jax.jit(lambda key: recipe.start(key, config))(jax.random.key(1)))
-    write_hf(directory, params, config, np.dtype("float32"))
+    params = jax.device_get(jax.jit(lambda key: recipe.start(key, SPREAD))(jax.random.key(1)))
+    write_hf(directory, params, SPREAD, np.dtype("float32"))
     tokenizer.write(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

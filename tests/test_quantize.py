@@ -43,7 +43,7 @@ def test_a_product_is_close_and_exact_in_what_was_quantised() -> None:
     assert float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact)) < 0.02
 
 
-@pytest.mark.parametrize(("inputs", "group"), [(256, 128), (64, 64), (352, 88)])
+@pytest.mark.parametrize(("inputs", "group"), [(256, 128), (352, 88)])
 def test_int4_is_packed_by_halves_of_groups(inputs: int, group: int) -> None:
     """Every number is the nearest to it that its group's scale allows: unpacked here as kernels of others would."""
     x = np.asarray(jax.random.normal(jax.random.key(0), (5, 3, inputs)))
@@ -118,17 +118,14 @@ def test_the_11b_in_int4_is_below_8_gb() -> None:
         assert each["scale"].size * 128 == count(each["kernel"])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("quantize", "stored"), STORED.items())
-def test_what_is_stored_is_what_loading_makes(
-    quantize: str, stored: str, dtype: str, tiny_directory: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("quantize", "dtype"), [("int8", "bfloat16"), ("int8", "float32"), ("int4", "bfloat16")])
+def test_what_is_stored_is_what_loading_makes(quantize: str, dtype: str, tiny_directory: Path, tmp_path: Path) -> None:
     """To the bit, in at most half the bytes, and as Orbax itself restores it."""
     report = convert(tiny_directory, tmp_path / quantize, to="orbax", dtype=dtype, quantize=quantize)
     assert report["bytes"] < 0.8 * convert(tiny_directory, tmp_path / "whole", to="orbax", dtype=dtype)["bytes"]
     found = mllama_jax.load(tmp_path / quantize, dtype=dtype, verify=True).params
     made = mllama_jax.load(tiny_directory, dtype=dtype, quantize=quantize).params
-    assert found["text"]["layers_0"]["mlp"]["down"]["kernel"].dtype == stored
+    assert found["text"]["layers_0"]["mlp"]["down"]["kernel"].dtype == STORED[quantize]
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / quantize, jax.tree.map(jnp.zeros_like, made))
     for tree in (found, restored):
