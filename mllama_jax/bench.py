@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
     config = config_of(args.model)
     for devices in args.mesh:
         mesh_axes("serve", config, devices)
-    peers = peer_figures(args) if args.versus else {}  # first: JAX keeps the memory that it once had
+    asked = ["--context", args.context, "--prompt", args.prompt, "--rows", *args.rows, "--images", *args.images]
+    peers = ask_peer("figures", *asked) if args.versus else {}  # first: JAX keeps the memory that it once had
     import jax
 
     if (most := max(args.mesh)) > jax.device_count():
@@ -195,10 +196,9 @@ def chip() -> Chip | None:
 # ---- The peer, and the drawing ------------------------------------------------------------------------------------
 
 
-def peer_figures(args: argparse.Namespace) -> dict[str, float]:
-    """The figures of transformers, by name, measured in a process of its own so that its memory is free afterwards."""
-    command = [sys.executable, "-m", "mllama_jax.bench_peer", "--context", args.context, "--prompt", args.prompt]
-    command += ["--rows", *args.rows, "--images", *args.images]
+def ask_peer(what: str, *options: Any) -> dict[str, float]:
+    """What `bench_peer` measures of transformers, in a process of its own so that its memory is free afterwards."""
+    command = [sys.executable, "-m", "mllama_jax.bench_peer", what, *options]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -1,4 +1,8 @@
-"""What `mllama bench --versus transformers` runs: the same figures of transformers (sdpa, bfloat16, random weights)."""
+"""What `--versus transformers` runs: the same figures of transformers (sdpa, bfloat16, random weights of the 11B).
+
+python -m mllama_jax.bench_peer figures --context 1024 --prompt 8192 --rows 1 8 32 --images 1 8    # `mllama bench`
+python -m mllama_jax.bench_peer batch --rows 32 --prompt 128 --new 128              # `mllama_jax.serve.throughput`
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,18 @@ NEW = 65  # tokens of the longer generation that decode steps are counted in
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("context", "prompt"):
+    parser.add_argument("what", choices=["figures", "batch"])
+    for name in ("context", "prompt", "new"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("rows", "images"):
         parser.add_argument(f"--{name}", type=int, nargs="+")
     args = parser.parse_args()
+    model = random_model()
+    with torch.inference_mode():
+        print(json.dumps({"figures": figures, "batch": batch}[args.what](model, args)))
+
+
+def random_model() -> Any:
     torch.manual_seed(0)
     config = transformers.MllamaConfig(image_token_index=128256)
     config.vision_config.image_size = 560
@@ -33,24 +44,37 @@ def main() -> None:
     with torch.device("cuda"):
         model = transformers.MllamaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=128004, eos_token_id=None)
+    return model
+
+
+def figures(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds, by the names of `mllama bench`."""
     found = {}
-    with torch.inference_mode():
-        for rows in args.rows:
-            found[f"decode, {rows} rows with a picture"] = step(model, inputs(args.context, rows, picture=True))
-        found["decode, 1 row of text"] = step(model, inputs(args.context, 1, picture=False))
-        for images in args.images:
-            pictures = {k: v for k, v in inputs(1, images, picture=True).items() if k in ENCODER}
-            found[f"encode, {images} pictures"] = measure(
-                lambda p=pictures: model.model.multi_modal_projector(model.model.vision_model(**p).last_hidden_state)
-            )
-        for name, tokens, picture in (
-            ("first token, a picture and 128 tokens", 128, True),
-            (f"prefill, a picture and {args.prompt} tokens", args.prompt, True),
-            (f"prefill, {args.prompt} tokens of text", args.prompt, False),
-        ):
-            own = inputs(tokens, 1, picture=picture)
-            found[name] = measure(lambda own=own: generate(model, own, 1))
-    print(json.dumps(found))
+    for rows in args.rows:
+        found[f"decode, {rows} rows with a picture"] = step(model, inputs(args.context, rows, picture=True))
+    found["decode, 1 row of text"] = step(model, inputs(args.context, 1, picture=False))
+    for images in args.images:
+        pictures = {k: v for k, v in inputs(1, images, picture=True).items() if k in ENCODER}
+        found[f"encode, {images} pictures"] = measure(
+            lambda p=pictures: model.model.multi_modal_projector(model.model.vision_model(**p).last_hidden_state)
+        )
+    for name, tokens, picture in (
+        ("first token, a picture and 128 tokens", 128, True),
+        (f"prefill, a picture and {args.prompt} tokens", args.prompt, True),
+        (f"prefill, {args.prompt} tokens of text", args.prompt, False),
+    ):
+        own = inputs(tokens, 1, picture=picture)
+        found[name] = measure(lambda own=own: generate(model, own, 1))
+    return found
+
+
+def batch(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds in which rows with a picture each, ready on the device, are answered together, by their number."""
+    found = {}
+    for rows in args.rows:
+        own = inputs(args.prompt, rows, picture=True)
+        found[str(rows)] = measure(lambda own=own: generate(model, own, args.new), repeat=2)
+    return found
 
 
 ENCODER = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")

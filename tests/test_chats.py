@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         return encode(model, params, pixels, ratio_ids)
 
     def count_read(*args: Any, **options: Any) -> Any:
-        counted["prefill"].append(args[7] + 1)  # up to the last real token
+        counted["prefill"] += (args[7] + 1).tolist()  # up to the last real token
         return read(*args, **options)
 
     monkeypatch.setattr(decode, "encode", count_encode)

@@ -204,9 +204,9 @@ def test_a_follower_runs_the_same_programs(
     heard, draw, live, failed = Heard(), random.Random(0), [], 0
     engines = [Engine(tiny.model, tiny.params, slots=3, context=256) for _ in range(2)]
     leader, follower = Leader([heard]), Follower(engines[1], None, guide=never)
-    for seed in range(120):
+    for seed in range(200):
         orders: list[Order] = []
-        if draw.random() < 0.5:
+        if draw.random() < 0.3:
             live.append(request(tiny, draw.choice(cases)))
             orders.append(("submit", live[-1]))
         if live and draw.random() < 0.1:
@@ -231,6 +231,13 @@ def serve(engine: Engine, *requests: Request) -> None:
             pass
 
 
+def serve_once(engine: Engine, *requests: Request) -> None:
+    for each in requests:
+        engine.submit(each)
+    for _ in engine.step():
+        pass
+
+
 def ask(tiny: Mllama, tokens: list[int], *images: Image.Image, new: int = 6) -> Request:
     answer = Answer(SamplingParams(max_new_tokens=new, stop_ids=()), (), None)
     return Request.of(tiny.config, Prompt(tokens, list(images)), answer)
@@ -251,11 +258,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The slot and the number of real tokens of each chunk that was read."""
+    """The slot and the number of real tokens of each chunk that was read, some of them twice to fill a program."""
     found, read = [], slots.read
 
     def counting(*args: Any, **options: Any) -> Any:
-        found.append((args[4], args[7] + 1))
+        found.extend(zip(args[4].tolist(), (args[7] + 1).tolist(), strict=True))
         return read(*args, **options)
 
     monkeypatch.setattr(slots, "read", counting)
@@ -269,12 +276,42 @@ def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Dr
     assert encoded == [1, 1]
 
 
-def test_pictures_of_those_who_come_together_are_encoded_together(
-    tiny: Mllama, picture: Draw, encoded: list[int]
+def test_a_picture_that_a_slot_holds_is_not_prepared_again(
+    tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = Engine(tiny.model, tiny.params, slots=4, context=256)
-    serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(4)))
-    assert encoded == [4]
+    prepared, preprocess = [], engine.preprocess
+
+    def counting(images: list[Image.Image], vision: Any) -> Any:
+        prepared.extend(images)
+        return preprocess(images, vision)
+
+    monkeypatch.setattr(engine, "preprocess", counting)
+    served = Engine(tiny.model, tiny.params, slots=1, context=256)
+    serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
+    serve(served, ask(tiny, [512, IMAGE, 2], picture(1)))
+    assert len(prepared) == 1
+    serve(served, ask(tiny, [512, 3]))
+    serve(served, ask(tiny, [512, IMAGE, 4], picture(1)))
+    assert len(prepared) == 2
+
+
+@pytest.mark.usefixtures("brisk")
+def test_many_pictures_let_the_others_go_on(
+    tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two blocks of the others no more than PICTURES are encoded."""
+    monkeypatch.setattr(engine, "PICTURES", 2)
+    served = Engine(tiny.model, tiny.params, slots=6, context=256)
+    first = ask(tiny, [512, 1, 2], new=40)
+    serve_once(served, first)
+    for i in range(5):
+        served.submit(ask(tiny, [512, IMAGE, i], picture(i)))
+    counts = []
+    while served.waiting:
+        before = len(encoded), len(first.answer.tokens)
+        serve_once(served)
+        counts.append((len(encoded) - before[0], len(first.answer.tokens) - before[1]))
+    assert counts == [(0, engine.HURRY), (2, 0)] * 2 + [(0, engine.HURRY), (1, 0)]
 
 
 def test_a_beginning_that_a_slot_has_read_is_not_read_again(tiny: Mllama, chunks: list[tuple[int, int]]) -> None:
@@ -291,19 +328,19 @@ def test_a_beginning_that_a_slot_has_read_is_not_read_again(tiny: Mllama, chunks
 
 @pytest.mark.usefixtures("brisk")
 def test_a_long_prompt_lets_the_others_go_on(tiny: Mllama) -> None:
-    """Between two blocks of the others no more than CHUNKS chunks are read."""
+    """Between two blocks of the others no more than CHUNKS chunks are read, and these blocks are short."""
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
     short, long = ask(tiny, [512, 1, 2], new=40), ask(tiny, [512, *range(160)])
     served.submit(short)
     list(served.step())
     served.submit(long)
-    steps = 0
+    made = []
     while not long.answer.tokens:
         before = len(short.answer.tokens)
         list(served.step())
-        assert len(short.answer.tokens) == before + engine.STEPS
-        steps += 1
-    assert steps == -(-161 // (engine.CHUNK * engine.CHUNKS))
+        made.append(len(short.answer.tokens) - before)
+    reads = -(-161 // (engine.CHUNK * engine.CHUNKS))
+    assert made == [engine.HURRY, 0] * reads
 
 
 @pytest.mark.usefixtures("brisk")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from mllama_jax.generate.decode import Made
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.tokenizer import TextStream, Tokenizer
@@ -48,16 +46,16 @@ class Answer:
 
     def push(self, block: Made, row: int, columns: int) -> str:
         """Take `columns` new tokens of `row` (arrays on the host), up to the end; returns the new text."""
-        before = len(self.text)
-        for i in range(columns):
+        before, n = len(self.text), self.params.logprobs
+        made = (each[row, :columns].tolist() for each in (block.token, block.logprob))
+        tops = (each[row, :columns, :n].tolist() for each in (block.top_tokens, block.top_logprobs))
+        for token, logprob, top_tokens, top_logprobs in zip(*made, *tops, strict=True):
             if self.finish_reason is not None:
                 break
-            self.tokens.append(int(block.token[row, i]))
-            self.logprobs.append(float(block.logprob[row, i]))
-            tops = zip(np.asarray(block.top_tokens[row, i]), np.asarray(block.top_logprobs[row, i]), strict=True)
-            n = self.params.logprobs
-            self.top_logprobs.append({int(token): float(logprob) for token, logprob in list(tops)[:n]} if n else {})
-            self._take(self.tokens[-1])
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            self.top_logprobs.append(dict(zip(top_tokens, top_logprobs, strict=True)))
+            self._take(token)
         return self.text[before:]
 
     def _take(self, token: int) -> None:

@@ -21,7 +21,7 @@ from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
 
 CHUNK = 2048  # tokens of a prompt read at once
-STEPS = 32  # decode steps in one dispatch
+STEPS = 32  # decode steps in one dispatch at most
 SCORED = 128  # positions whose logits are made at once
 
 
@@ -212,7 +212,7 @@ def prefill(
     return choose(call(model, params, "logits", last), state, settings, top)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "top"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="state")
 def decode(
     model: MllamaModel,
     params: Params,
@@ -220,12 +220,12 @@ def decode(
     cross: CrossCache | None,
     settings: Settings,
     *,
-    steps: int,
+    steps: int | jax.Array,
     top: int,
 ) -> tuple[State, Made, jax.Array]:
-    """Make up to `steps` more tokens a row, fewer once all rows are done.
+    """Make up to `steps` more tokens a row, of at most STEPS, fewer once all rows are done.
 
-    Returns the state, the block [B, steps] and how many of its columns were made. A row's entries after its end mean
+    Returns the state, the block [B, STEPS] and how many of its columns were made. A row's entries after its end mean
     nothing.
     """
     rows = state.token.shape[0]
@@ -242,7 +242,7 @@ def decode(
         state, made = choose(logits, state.replace(cache=cache, position=position), settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 
-    block = columns_of(rows, steps, top)
+    block = columns_of(rows, STEPS, top)
     columns, state, block = jax.lax.while_loop(more, step, (jnp.int32(0), state, block))
     return state, block, columns
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mllama_jax.config import MllamaConfig
+from mllama_jax.config import MllamaConfig, VisionConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import bucket, check_rows
-from mllama_jax.generate.decode import STEPS
 from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
 from mllama_jax.generate.slots import Caches, Layers
 from mllama_jax.model.mllama import MllamaModel, Params
@@ -32,8 +32,10 @@ from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
 from mllama_jax.processing.image import preprocess
 
-CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how often between two dispatches
+CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
+TOGETHER = 8  # prompts read at once, as long as they are no more tokens than two chunks
 PICTURES = 8  # encoded between two dispatches
+STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
 NEVER = -1e30  # the bias of a token that must not come
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
@@ -46,9 +48,20 @@ class Picture:
     pixels: np.ndarray
     ratio_id: np.ndarray
 
+    @classmethod
+    def of(cls, image: Image.Image, vision: VisionConfig) -> Picture:
+        """Prepare a picture, unless somebody, such as a slot, still holds it prepared."""
+        digest = digest_of(image)
+        if (picture := _held.get((digest, vision))) is None:
+            picture = _held[digest, vision] = cls(digest, *preprocess([image], vision))
+        return picture
+
     @property
     def tiles(self) -> int:
         return TILES[int(self.ratio_id[0])]
+
+
+_held: weakref.WeakValueDictionary[tuple[bytes, VisionConfig], Picture] = weakref.WeakValueDictionary()
 
 
 class Guide(Protocol):
@@ -88,7 +101,7 @@ class Request:
         pictures = []
         for image in prompt.images:
             assert config.vision is not None
-            pictures.append(Picture(digest_of(image), *preprocess([image], config.vision)))
+            pictures.append(Picture.of(image, config.vision))
         return cls.prepared(config, prompt, answer, pictures, guide)
 
     @classmethod
@@ -138,6 +151,24 @@ class Slot:
         return spans
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """New tokens on their way from the device.
+
+    Attributes:
+        rows: who gets them.
+        state, settings, spans: what the next block goes on from; the caches are the engine's.
+        made, columns: the tokens, and how many a row got.
+    """
+
+    rows: list[tuple[Slot, Request]]
+    state: decode.State
+    settings: Settings
+    spans: jax.Array
+    made: decode.Made
+    columns: jax.Array
+
+
 class Engine:
     """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
 
@@ -155,6 +186,8 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self._caches: Caches | None = None
         self._clock = 0
+        self._has_read = False  # rather than decoded, in the last step
+        self._under_way: Block | None = None
 
     @property
     def config(self) -> MllamaConfig:
@@ -198,21 +231,28 @@ class Engine:
         return sum(len(slot.marks) for slot in self.slots) / (len(self.slots) * self.context)
 
     def step(self) -> Iterator[tuple[Request, str]]:
-        """Admit who waits, read at most CHUNKS chunks of prompts, decode a block; gives who got which new text.
+        """Admit who waits and read, or decode a block, in turn where there is both; gives who got which new text.
 
         A request is finished when its answer has a `finish_reason`. Where this is left by an exception, what the slots
         held is lost, and the next call reads it again.
         """
         if self._caches is None:
             self._begin_anew()
-        self._admit()
-        yield from self._read()
+        decoding = any(slot.request and not slot.reading for slot in self.slots)
+        if self._under_way is None and not (self._has_read and decoding):
+            self._admit()
+            self._has_read = any(slot.reading for slot in self.slots)
+            if self._has_read:
+                yield from self._read()
+                return
+        self._has_read = False
         yield from self._decode()
 
     # ---- Admission --------------------------------------------------------------------------------------------------
 
     def _begin_anew(self) -> None:
         """Empty caches; who had a slot waits in front, and goes on where the answer was."""
+        self._under_way = None
         active = [slot for slot in self.slots if slot.request is not None]
         self.waiting.extendleft(slot.request for slot in sorted(active, key=lambda slot: -slot.used) if slot.request)
         self.slots = [Slot(row) for row in range(len(self.slots))]
@@ -227,7 +267,7 @@ class Engine:
             if admitted and len(missing | new) > PICTURES:
                 break
             admitted, missing = admitted + 1, missing | new
-        encoded = self._encode(list(missing.values()))
+        encoded = {digest: self._encode(picture) for digest, picture in missing.items()}
         for _ in range(admitted):
             self._place(self.waiting[0], encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
@@ -237,19 +277,12 @@ class Engine:
         places = ((slot, slot.place_of(digest)) for slot in self.slots)
         return next(((slot, tile) for slot, tile in places if tile is not None), None)
 
-    def _encode(self, pictures: Sequence[Picture]) -> dict[bytes, Layers]:
-        """Keys and values of pictures."""
-        found = {}
-        for start in range(0, len(pictures), PICTURES):
-            some = pictures[start : start + PICTURES]
-            padded = [*some, *[some[0]] * (bucket(len(some)) - len(some))]
-            pixels, ids = np.concatenate([p.pixels for p in padded]), np.concatenate([p.ratio_id for p in padded])
-            features = decode.encode(self.model, self.params, pixels, ids)
-            for i, picture in enumerate(some):
-                tiles = np.arange(picture.tiles, dtype=np.int32)[None] + i * features.shape[1]
-                nobody = np.zeros((*tiles.shape, 2), np.int32)
-                found[picture.digest] = decode.keys_values(self.model, self.params, features, tiles, nobody).layers
-        return found
+    def _encode(self, picture: Picture) -> Layers:
+        """Keys and values of a picture. Several at once would gain little, and the first would wait for all pixels."""
+        features = decode.encode(self.model, self.params, picture.pixels, picture.ratio_id)
+        tiles = np.arange(picture.tiles, dtype=np.int32)[None]
+        nobody = np.zeros((*tiles.shape, 2), np.int32)
+        return decode.keys_values(self.model, self.params, features, tiles, nobody).layers
 
     def _place(self, request: Request, encoded: dict[bytes, Layers]) -> None:
         """Give a request the slot that serves it best, and bring its pictures there."""
@@ -281,56 +314,95 @@ class Engine:
 
     def _take(self, picture: Picture) -> Layers:
         if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
-            return self._encode([picture])[picture.digest]
+            return self._encode(picture)
         slot, tile = held
         length = picture.tiles * self._tile
         return slots.take_tiles(self._caches, slot.row, tile * self._tile, length=length)
 
     # ---- Reading and decoding ---------------------------------------------------------------------------------------
 
-    def _read(self) -> Iterator[tuple[Request, str]]:
+    def _read(self) -> list[tuple[Request, str]]:
         """Read prompts in turn, a chunk of each; whose prompt ends has its first token."""
         reading = deque(sorted((slot for slot in self.slots if slot.reading), key=lambda slot: slot.used))
-        for _ in range(CHUNKS):
-            if not reading:
-                return
-            slot = reading.popleft()
-            request = slot.request
-            assert request is not None
-            if (text := self._read_chunk(slot, request)) is None:
-                reading.append(slot)
-            else:
-                yield request, text
+        left, read = CHUNKS * CHUNK, []
+        while reading and left > 0:
+            group = self._together(reading)
+            made, tokens = self._read_chunks(group)
+            left -= tokens
+            read.append((made, [(row, slot) for row, slot in enumerate(group) if len(self._unread(slot)) <= CHUNK]))
+            for slot in group:
+                if slot.request and len(self._unread(slot)) > CHUNK:
+                    slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + CHUNK]
+                    reading.append(slot)
+        found = []
+        for made, ended in read:  # on the device the next is under way
+            block = jax.tree.map(lambda x: x[:, None], decode.on_host(made)) if ended else made
+            for row, slot in ended:
+                assert slot.request is not None
+                slot.reading = False
+                found.append((slot.request, self._push(slot, block, row, 1)))
+        return found
 
-    def _read_chunk(self, slot: Slot, request: Request) -> str | None:
-        """Read a chunk of a request into its slot; the answer's new text where the prompt ends."""
-        answer, prompt, known = request.answer, request.prompt.tokens, len(slot.marks)
-        new = [*prompt, *answer.tokens][known : known + CHUNK]
-        tokens = np.full(bucket(len(new), 16), self.config.pad, np.int32)
-        tokens[: len(new)] = new
-        self._make_room(positions=known + len(tokens))
-        settings = Settings.of([answer.params], [prompt], self.config.stops, self.config.text.vocab)
-        settings = guided(settings, {0: request.guide} if request.guide else {})
-        spans, made = slot.spans(self._tiles)[None], np.array([len(answer.tokens)], np.int32)
-        caches, self._caches = self._caches, None
-        self._caches, first = slots.read(
-            *(self.model, self.params, caches, spans, slot.row, tokens, known, len(new) - 1),
-            *(settings, made, counts_of(settings, [answer])),
-            top=top_of([answer]),
+    def _unread(self, slot: Slot) -> list[int]:
+        """What a slot has yet to read."""
+        assert slot.request is not None
+        return [*slot.request.prompt.tokens, *slot.request.answer.tokens][len(slot.marks) :]
+
+    def _together(self, reading: deque[Slot]) -> list[Slot]:
+        """Take who is to read next, and as many of those behind as can read at once with it."""
+        group, longest = [], 0
+        while reading and len(group) < TOGETHER:
+            longest = max(longest, bucket(len(self._unread(reading[0])[:CHUNK]), 16))
+            if group and (len(group) + 1) * longest > 2 * CHUNK:
+                break
+            group.append(reading.popleft())
+        return group
+
+    def _read_chunks(self, group: Sequence[Slot]) -> tuple[decode.Made, int]:
+        """Let slots read a chunk each: what follows each, on the device, and how many tokens went through the model."""
+        length = bucket(max(len(self._unread(slot)[:CHUNK]) for slot in group), 16)
+        size = 1 if len(group) == 1 else min(TOGETHER, 2 * CHUNK // length)  # one or all, for few programs
+        padded = [*group, *[group[0]] * (size - len(group))]
+        requests = [slot.request for slot in padded if slot.request]
+        tokens = np.full((size, length), self.config.pad, np.int32)
+        starts, ends = np.zeros((2, size), np.int32)
+        for row, slot in enumerate(padded):
+            new = self._unread(slot)[:CHUNK]
+            tokens[row, : len(new)], starts[row], ends[row] = new, len(slot.marks), len(new) - 1
+        self._make_room(positions=int(starts.max()) + length)
+        answers, prompts = [each.answer for each in requests], [each.prompt.tokens for each in requests]
+        settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
+        settings = guided(settings, {row: each.guide for row, each in enumerate(requests) if each.guide})
+        spans = np.stack([slot.spans(self._tiles) for slot in padded])
+        rows, made = (
+            np.array(each, np.int32) for each in ([slot.row for slot in padded], [len(a.tokens) for a in answers])
         )
-        if known + len(new) < len(prompt) + len(answer.tokens):
-            slot.marks = [*request.marks, *answer.tokens][: known + len(new)]
-            return None
-        first = decode.on_host(first)
-        slot.reading = False
-        return self._push(slot, jax.tree.map(lambda x: x[:, None], first), 0, 1)
+        caches, self._caches = self._caches, None
+        self._caches, following = slots.read(
+            *(self.model, self.params, caches, spans, rows, tokens, starts, ends),
+            *(settings, made, counts_of(settings, answers)),
+            top=top_of(answers),
+        )
+        return following, size * length
 
     def _decode(self) -> list[tuple[Request, str]]:
-        """A block of new tokens for everyone whose prompt has been read."""
-        rows = [slot for slot in self.slots if slot.request and not slot.reading]
-        if not rows:
+        """A block of new tokens for everyone whose prompt has been read; when it comes the next is under way."""
+        block, self._under_way = self._under_way or self._begin(), None
+        if block is None:
             return []
-        self._make_room(positions=max(len(slot.marks) for slot in rows) + STEPS + 1)
+        following = self._go_on(block) if self._may_go_on(block) else None
+        made, columns = decode.on_host(block.made), int(block.columns)
+        rows = [(slot, request) for slot, request in block.rows if slot.request is request]  # but who was cancelled
+        texts = [self._push(slot, made, slot.row, columns) for slot, _ in rows]
+        self._under_way = following  # not before: what follows a block that was lost is lost too
+        return [(request, text) for (_, request), text in zip(rows, texts, strict=True)]
+
+    def _begin(self) -> Block | None:
+        """Decode from where the answers are; None where there are none."""
+        rows = [(slot, slot.request) for slot in self.slots if slot.request and not slot.reading]
+        if not rows:
+            return None
+        self._make_room(positions=max(len(slot.marks) for slot, _ in rows) + 2 * STEPS + 1)
         n, caches = len(self.slots), self._caches
         assert caches is not None
         token, made = np.zeros(n, np.int32), np.zeros(n, np.int32)
@@ -338,27 +410,56 @@ class Engine:
         position, done = np.full(n, caches.text[0].length - 1, np.int32), np.ones(n, bool)
         spans = np.zeros((n, self._tiles, 2), np.int32)
         answers, prompts = [IDLE] * n, [[]] * n
-        for slot in rows:
-            assert slot.request is not None
-            answer, i = slot.request.answer, slot.row
+        for slot, request in rows:
+            answer, i = request.answer, slot.row
             token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
             spans[i] = slot.spans(self._tiles)
-            answers[i], prompts[i] = answer, slot.request.prompt.tokens
-        guides = {slot.row: slot.request.guide for slot in rows if slot.request and slot.request.guide}
+            answers[i], prompts[i] = answer, request.prompt.tokens
+        guides = {slot.row: request.guide for slot, request in rows if request.guide}
         settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
         settings = guided(settings, guides)
-        counts = counts_of(settings, answers)
         token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
-        state = decode.State(caches.text, token, position, made, done, counts)
-        cross, self._caches = caches.cross(jnp.asarray(spans), slots.tile_tokens(self.model)), None
-        state, block, columns = decode.decode(
-            self.model, self.params, state, cross, settings, steps=1 if guides else STEPS, top=top_of(answers)
+        state = decode.State((), token, position, made, done, counts_of(settings, answers))
+        return self._dispatch(rows, state, settings, jnp.asarray(spans))
+
+    def _may_go_on(self, block: Block) -> bool:
+        """Whether the next block can begin before this one is known, and keeps nobody waiting."""
+        if self._hurried or any(request.guide for _, request in block.rows):
+            return False
+        if not block.columns.is_fully_addressable:
+            return False  # to gather a block from several processes is itself a program, behind the next block
+        return any(
+            request.answer.params.max_new_tokens > len(request.answer.tokens) + STEPS for _, request in block.rows
+        )
+
+    def _go_on(self, block: Block) -> Block:
+        """Decode from where a block ends, on the device."""
+        self._make_room(positions=max(len(slot.marks) for slot, _ in block.rows) + 2 * STEPS + 1)
+        return self._dispatch(block.rows, block.state, block.settings, block.spans)
+
+    def _dispatch(
+        self, rows: list[tuple[Slot, Request]], state: decode.State, settings: Settings, spans: jax.Array
+    ) -> Block:
+        caches, self._caches = self._caches, None
+        assert caches is not None
+        held = any(request.guide for _, request in rows)
+        state, made, columns = decode.decode(
+            self.model,
+            self.params,
+            dataclasses.replace(state, cache=caches.text),
+            caches.cross(spans, slots.tile_tokens(self.model)),
+            settings,
+            steps=1 if held else HURRY if self._hurried else STEPS,
+            top=top_of([request.answer for _, request in rows]),
         )
         self._caches = dataclasses.replace(caches, text=state.cache)
-        block, columns = decode.on_host(block), int(columns)
-        requests = [slot.request for slot in rows if slot.request]
-        texts = [self._push(slot, block, slot.row, columns) for slot in rows]
-        return list(zip(requests, texts, strict=True))
+        return Block(rows, dataclasses.replace(state, cache=()), settings, spans, made, columns)
+
+    @property
+    def _hurried(self) -> bool:
+        """Whether someone waits only for the others to let it read."""
+        free = any(slot.request is None for slot in self.slots)
+        return any(slot.reading for slot in self.slots) or (free and bool(self.waiting))
 
     def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
         """Give an answer its new tokens; all but the last of them are in the cache."""

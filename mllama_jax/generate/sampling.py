@@ -182,7 +182,7 @@ class Settings:
         beyond = max((token for row in rows for token in row.stop_ids or ()), default=0)
         if beyond >= vocab:
             raise InputError(f"stop_ids must name ids below {vocab}, got {beyond}")
-        table = np.full((len(rows), max(map(len, lists)) or 1), -1, np.int32)
+        table = np.full((len(rows), max(1, len(stops), *map(len, lists))), -1, np.int32)
         for line, ids in zip(table, lists, strict=True):
             line[: len(ids)] = ids
         bias = None

@@ -51,28 +51,38 @@ def read(
     params: Params,
     caches: Caches,
     spans: jax.Array,
-    row: jax.Array,
+    rows: jax.Array,
     tokens: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
+    starts: jax.Array,
+    ends: jax.Array,
     settings: Settings,
     made: jax.Array,
     counts: jax.Array | None,
     *,
     top: int,
 ) -> tuple[Caches, Made]:
-    """Read tokens int [T] into a slot at positions from `start` on, and choose what follows the one at `end` of them.
+    """Read tokens int [R, T] into the slots `rows` int [R] at positions from `starts` [R] on, and choose what follows
+    the ones at `ends` [R] of them. A slot may be named again with the same tokens.
 
-    `spans` int32 [1, M, 2] say who sees the slot's tiles; `settings`, `made` [1] and `counts` [1, V] are the slot's.
+    `spans` int32 [R, M, 2] say who sees the slots' tiles; `settings`, `made` [R] and `counts` [R, V] are the slots'.
     """
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), caches)
-    positions = (start + jnp.arange(len(tokens)))[None]
+    R, T = tokens.shape
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, row, 1) for row in rows])
+
+    def put(x: jax.Array, own: jax.Array) -> jax.Array:
+        for i in range(R):
+            x = jax.lax.dynamic_update_slice_in_dim(x, own[i : i + 1], rows[i], 0)
+        return x
+
+    own = jax.tree.map(take, caches)
+    positions = starts[:, None] + jnp.arange(T)
     cross = own.cross(spans, tile_tokens(model))
-    x, text = call(model, params, "__call__", tokens[None], positions, own.text, cross)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
+    x, text = call(model, params, "__call__", tokens, positions, own.text, cross)
     caches = dataclasses.replace(caches, text=jax.tree.map(put, caches.text, text))
-    state = State((), made, made, made, jnp.zeros(1, bool), counts)
-    return caches, choose(call(model, params, "logits", x[:, end]), state, settings, top)[1]
+    state = State((), made, made, made, jnp.zeros(R, bool), counts)
+    return caches, choose(call(model, params, "logits", x[jnp.arange(R), ends]), state, settings, top)[1]
 
 
 @functools.partial(jax.jit, donate_argnames="caches")

@@ -57,6 +57,17 @@ class InSpan:
         real = jnp.arange(self.padded) < self.tokens
         return rearrange(jnp.where(real[:, None], self.spans[:, :, None], 0), "b m n ends -> b ends (m n)")
 
+    def marks(self, positions: jax.Array, dtype: jnp.dtype, features: int) -> tuple[jax.Array, jax.Array]:
+        """[B, T, features] of the positions int [B, T] and [B, S, features] of the keys: the products of two are 0
+        where one sees the other and at most -2^16 elsewhere. There are as many features as tiles, and one."""
+        (B, M), width = self.spans.shape[:2], ((0, 0), (0, 0), (0, features - self.spans.shape[1] - 1))
+        blind = jnp.pad(~self.tiles(positions), ((0, 0), (0, 0), (0, 1)), constant_values=True)
+        tile = jnp.repeat(jnp.eye(M, dtype=bool), self.padded, axis=0)
+        behind = jnp.tile(jnp.arange(self.padded) >= self.tokens, M)[:, None]
+        of_keys = jnp.broadcast_to(jnp.concatenate([tile, behind], axis=1), (B, M * self.padded, M + 1))
+        queries, keys = (jnp.pad(x, width).astype(dtype) * 2.0**8 for x in (blind, of_keys))
+        return -queries, keys
+
 
 def attention(
     q: jax.Array,
@@ -86,22 +97,40 @@ BackEnd = Callable[..., jax.Array]
 
 
 def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constrain: Constrain, axes: Axes) -> BackEnd:
-    """What computes attention for queries and keys like these: in half precision kernels that write no scores to
-    memory, cuDNN's on a GPU and those of `tpu_attention` on a TPU. XLA otherwise, which has float32, and int8 keys,
-    of which a kernel would need a copy: where queries are few, or are not all there is to read of a cache."""
-    T, half, small = q.shape[1], q.dtype != jnp.float32, isinstance(k, Int8)
-    if half and constrain.platform == "gpu" and not (small and T == 1):
-        return cudnn
-    if half and constrain.platform == "tpu" and constrain.parts(axes[-1]) == 1:
+    """What computes attention for queries and keys like these: in half precision the kernels of `gpu_attention` and
+    `tpu_attention`, which write no scores to memory. XLA otherwise, which has float32, keys whose positions a mesh
+    splits, and int8 ones of which a kernel would need a copy: where queries are few, or not all there is to read."""
+    T, small, whole = q.shape[1], isinstance(k, Int8), constrain.parts(axes[-1]) == 1
+    kernel = None
+    if q.dtype != jnp.float32 and whole and constrain.platform == "gpu":
+        from mllama_jax.model import gpu_attention as gpu
+
+        if small and T == 1:
+            kernel = gpu.over_int8
+        elif T > 1 and isinstance(visible, InSpan) and gpu.takes(visible) and gpu.on_hopper(constrain, q.dtype):
+            kernel = gpu.by_flash
+        else:
+            kernel = gpu.by_cudnn
+    if q.dtype != jnp.float32 and whole and constrain.platform == "tpu":
         from mllama_jax.model import tpu_attention as tpu
 
         if isinstance(visible, InSpan) or (isinstance(visible, UpTo) and not visible.first):
             kernel = None if small else tpu.over_cache
         else:
             kernel = tpu.over_all if T >= tpu.MANY and (visible is None or isinstance(visible, UpTo)) else None
-        if kernel is not None:
-            return functools.partial(kernel, constrain=constrain, axes=axes)
-    return xla
+    return xla if kernel is None else functools.partial(kernel, constrain=constrain, axes=axes)
+
+
+def spread(attend: Callable, constrain: Constrain, axes: Axes) -> Callable:
+    """`attend(q, k, v, *of_rows)` on a mesh that splits no keys by their positions, each device with its own part."""
+    batch, heads, group, _ = axes
+    of_queries, of_keys = (batch, None, heads, group), (batch, heads)
+
+    def local(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, *of_rows: jax.Array) -> jax.Array:
+        inputs = (of_queries, of_keys, of_keys, *((batch,) for _ in of_rows))
+        return constrain.local(attend, inputs, of_queries)(q, k, v, *of_rows)
+
+    return local
 
 
 def xla(
@@ -153,45 +182,6 @@ def numbers(x: jax.Array | Int8, dtype: jnp.dtype) -> jax.Array:
     """What a product reads of keys or values: of int8 ones the bare integers, which half precision holds exactly; their
     scales go to the scores or weights, so that the compiler can convert on the way and keep no wide copy."""
     return x.values.astype(dtype) if isinstance(x, Int8) else x
-
-
-def cudnn(
-    q: jax.Array,
-    k: jax.Array | Int8,
-    v: jax.Array | Int8,
-    queries: jax.Array | None,
-    visible: Callable | None,
-    scale: float,
-) -> jax.Array:
-    """By cuDNN's fused kernel, which wants its keys [rows, S, heads, H]; half precision only."""
-    B, T, K, G, _ = q.shape
-    k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
-    lengths = mask = None
-    causal = isinstance(visible, UpTo) and visible.first
-    if isinstance(visible, UpTo) and T == 1 and queries is not None:
-        lengths = queries[:, 0] + 1
-    elif not causal and visible is not None and queries is not None:
-        mask = visible(queries)
-    if T == 1:  # a key/value head as a row of its own: the cache stays where it is
-        q = rearrange(q, "b t k g h -> (b k) t g h")
-        k, v = (rearrange(x, "b k s h -> (b k) s 1 h") for x in (k, v))
-        mask, lengths = (None if x is None else jnp.repeat(x, K, axis=0) for x in (mask, lengths))
-    else:
-        q = rearrange(q, "b t k g h -> b t (k g) h")
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    y = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=None if mask is None else mask[:, None],
-        scale=scale,
-        is_causal=causal,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn",
-    )
-    if T == 1:
-        return rearrange(y, "(b k) t g h -> b t k g h", b=B)
-    return rearrange(y, "b t (k g) h -> b t k g h", g=G)
 
 
 def largest_divisor(n: int, most: int) -> int:

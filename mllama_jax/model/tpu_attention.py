@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from mllama_jax.model.attention import InSpan, UpTo, xla
+from mllama_jax.model.attention import InSpan, UpTo, spread, xla
 from mllama_jax.model.layers import Axes, Constrain
 from mllama_jax.model.quantize import Int8
 
@@ -50,14 +50,7 @@ def over_cache(
 ) -> jax.Array:
     """A back end of `attention` for queries at consecutive positions, which reads of a cache only what is filled."""
     spans = visible.of_keys() if isinstance(visible, InSpan) else None
-    return spread(functools.partial(cached, scale), constrain, axes, others=2)(q, k, v, queries[:, 0], spans)
-
-
-def spread(attend: Callable, constrain: Constrain, axes: Axes, others: int = 0) -> Callable:
-    """`attend(q, k, v, *others)` on a mesh that splits no keys by their positions; the others are [B, ...]."""
-    batch, heads, group, _ = axes
-    of_queries, of_keys = (batch, None, heads, group), (batch, heads)
-    return constrain.local(attend, (of_queries, of_keys, of_keys, *((batch,),) * others), of_queries)
+    return spread(functools.partial(cached, scale), constrain, axes)(q, k, v, queries[:, 0], spans)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, scale: float) -> jax.Array:

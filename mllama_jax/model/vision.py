@@ -6,6 +6,8 @@ from padding only, so dropping padding before the last layer would change the re
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from einops import rearrange
 
 from mllama_jax.config import ASPECT_RATIOS, VisionConfig
 from mllama_jax.model.attention import attention
+from mllama_jax.model.gpu_attention import on_hopper, within
 from mllama_jax.model.layers import Constrain, LayerNorm, Linear, Remat, keep_all, parameter, run, unconstrained
 
 # Tiles behind each aspect ratio id; an absent image (id 0) counts one, as in Meta's code.
@@ -30,10 +33,13 @@ class SelfAttention(nn.Module):
         c = self.config
         shape, axes = (c.heads, c.head_dim, c.width), ("vision_heads", "head_dim", "embed")
         qkv = Linear("btd,ckhd->btckh", (3, *shape), (None, *axes), name="qkv")(x)
-        q, k, v = (jnp.swapaxes(each, 1, 2) for each in unseen_by_padding(qkv, padding))
-        q, axes = jnp.swapaxes(q, 1, 2)[:, :, :, None], ("images", "vision_heads", None, "seq")
-        y = attention(q, k, v, None, None, c.head_dim**-0.5, self.constrain, axes)
-        y = rearrange(y[..., : c.head_dim], "b t k 1 h -> b t (k h)")
+        if on_hopper(self.constrain, x.dtype):
+            y = within(qkv, padding, self.constrain)
+        else:
+            q, k, v = (jnp.swapaxes(each, 1, 2) for each in unseen_by_padding(qkv, padding))
+            q, axes = jnp.swapaxes(q, 1, 2)[:, :, :, None], ("images", "vision_heads", None, "seq")
+            y = attention(q, k, v, None, None, c.head_dim**-0.5, self.constrain, axes)[..., 0, : c.head_dim]
+        y = rearrange(y, "b t k h -> b t (k h)")
         y = Linear("btf,df->btd", (c.width, c.width), ("embed", "vision_heads"), name="out")(y)
         return self.constrain(y, "images", "seq", "residual")
 
@@ -52,7 +58,7 @@ def unseen_by_padding(qkv: jax.Array, padding: jax.Array) -> tuple[jax.Array, ja
 
 
 class MLP(nn.Module):
-    """Two biased linear maps around the exact (erf) GELU."""
+    """Two biased linear maps around the exact GELU, `y (1 + erf(y / sqrt 2)) / 2` in float32."""
 
     config: VisionConfig
     constrain: Constrain = unconstrained
@@ -61,7 +67,8 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         y = Linear("btd,fd->btf", (c.hidden, c.width), ("vision_mlp", "embed"), bias=True, name="up")(x)
-        y = nn.gelu(y, approximate=False)
+        wide = y.astype(jnp.float32)
+        y = (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(y.dtype)
         y = Linear("btf,df->btd", (c.width, c.hidden), ("embed", "vision_mlp"), bias=True, name="down")(y)
         return self.constrain(y, "images", "seq", "residual")
 

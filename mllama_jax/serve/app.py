@@ -147,10 +147,9 @@ class Service:
     async def tokenize(self, body: dict[str, Any], request: Request) -> Response:
         if "messages" in body:
             asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
-            tokens = (await self._prompt(asked.prompts[0], asked.tools)).tokens
         else:
             asked = protocol.text_request(body, self.name)
-            tokens = (await self._prompt(asked.prompts[0], None)).tokens
+        tokens = (await self._aside(self._prompt, asked.prompts[0], asked.tools)).tokens
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.context})
 
     async def look(self, body: dict[str, Any], request: Request) -> Response:
@@ -163,7 +162,7 @@ class Service:
             answer = last.get("content") if last.get("role") == "assistant" else None
             if not isinstance(answer, str):
                 raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
-            prompt = await self._prompt(asked.prompts[0], asked.tools)
+            prompt = await self._aside(self._prompt, asked.prompts[0], asked.tools)
             most = self._looked_at_most(len(prompt.images))
             if len(prompt.tokens) > most:
                 many = f"{len(prompt.images)} pictures" if len(prompt.images) > 1 else "a picture"
@@ -181,23 +180,29 @@ class Service:
 
     async def warm(self, conversation: list[Any]) -> None:
         """Answer a conversation shortly, which compiles what such ones need."""
-        asked = Asked([conversation], {"max_new_tokens": 2}, None, False, False, False)
-        async for _ in self._pieces(await self._jobs(conversation, asked)):
+        async for _ in self.answer(conversation, max_new_tokens=2):
             pass
         await self._judge(conversation)
+
+    async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
+        """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""
+        asked = Asked([conversation], settings, None, False, False, False)
+        async for _, piece in self._pieces(await self._aside(self._jobs, asked, time.monotonic())):
+            yield piece
 
     # ---- Completions ------------------------------------------------------------------------------------------------
 
     async def chat(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
-            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
-            jobs = await self._prepare(asked, "messages")
+            asked, jobs = await self._aside(self._read_chat, body, time.monotonic())
+            await self._take(asked, jobs, "messages")
         return await self._respond(asked, jobs, request, "chat.completion")
 
     async def complete(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
             asked = protocol.text_request(body, self.name)
-            jobs = await self._prepare(asked, "prompt")
+            jobs = await self._aside(self._jobs, asked, time.monotonic())
+            await self._take(asked, jobs, "prompt")
         return await self._respond(asked, jobs, request, "text_completion")
 
     @contextmanager
@@ -214,9 +219,8 @@ class Service:
         if self.worker.open + self._arriving + more > len(self.worker.engine.slots) + self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
-    async def _prepare(self, asked: Asked, field: str) -> list[Job]:
-        """The answers that are asked for, known to fit and not to be refused by the guard."""
-        jobs = [job for prompt in asked.prompts for job in await self._jobs(prompt, asked)]
+    async def _take(self, asked: Asked, jobs: list[Job], field: str) -> None:
+        """Refuses what does not fit, and what the guard refuses."""
         self._admit(len(jobs) - 1)
         for job in jobs:
             self.worker.engine.check(job.request)
@@ -224,7 +228,6 @@ class Service:
             verdict = await self._judge(prompt)
             if not verdict.safe:
                 raise Refused(400, f"{field}: judged {verdict}", code="content_filter")
-        return jobs
 
     async def _respond(self, asked: Asked, jobs: list[Job], request: Request, kind: str) -> Response:
         if asked.stream:
@@ -242,25 +245,28 @@ class Service:
             gone.cancel()
         return JSONResponse(self.replies.whole(asked, jobs, kind))
 
-    async def _prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
+    def _prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
         if isinstance(prompt, str):
             return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
         if prompt and isinstance(prompt[0], int):
             return Prompt(list(prompt), [])
-        return await self._aside(self.model.prompt, prompt, tools)
+        return self.model.prompt(prompt, tools)
 
-    async def _jobs(self, asked_prompt: Any, asked: Asked) -> list[Job]:
-        """The answers that a prompt asks for, prepared as far as the engine is not needed."""
-        began = time.monotonic()
-        prompt = await self._prompt(asked_prompt, asked.tools)
-        config = self.model.config
-        room = self.worker.engine.context - len(prompt.tokens)
-        made = []
-        for params in protocol.sampling(asked, room, config.stops).each():
-            answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
-            guide = None if asked.schema is None else await self._aside(self.guide, asked.schema)
-            request = await self._aside(engine.Request.of, config, prompt, answer, guide)
-            made.append(Job(request, asked_prompt, began))
+    def _read_chat(self, body: dict[str, Any], began: float) -> tuple[Asked, list[Job]]:
+        """All in one go: in stages, the first of many requests would be ready when the last has come as far."""
+        asked = protocol.chat_request(body, self.name, self._picture)
+        return asked, self._jobs(asked, began)
+
+    def _jobs(self, asked: Asked, began: float) -> list[Job]:
+        """The answers that are asked for, prepared as far as the engine is not needed."""
+        config, made = self.model.config, []
+        for asked_prompt in asked.prompts:
+            prompt = self._prompt(asked_prompt, asked.tools)
+            room = self.worker.engine.context - len(prompt.tokens)
+            for params in protocol.sampling(asked, room, config.stops).each():
+                answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
+                guide = None if asked.schema is None else self.guide(asked.schema)
+                made.append(Job(engine.Request.of(config, prompt, answer, guide), asked_prompt, began))
         return made
 
     async def _judge(self, prompt: Any, answer: str | None = None) -> Verdict:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from mllama_jax.serve.app import Service
 
 KEYS = "MLLAMA_API_KEYS"  # in the environment, separated by commas
+HTTP: dict[str, Any] = {  # settings of uvicorn
+    "http": "h11",  # which bounds headers, whatever else is installed
+    "log_config": None,
+    "access_log": False,
+    "timeout_keep_alive": 30,
+    "lifespan": "off",
+}
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -88,7 +95,7 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
 
     from mllama_jax.serve.hosts import Leader
 
-    listening, worker = _listen(args.host, args.port), service.worker
+    listening, worker = listen(args.host, args.port), service.worker
     worker.leader = Leader.of_all()
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
     shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(worker.leader.followers)}
@@ -100,20 +107,10 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
         def capture_signals(self) -> contextlib.nullcontext[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return contextlib.nullcontext()  # `serve` listens for them, and drains
 
-    config = uvicorn.Config(
-        service.app(),
-        args.host,
-        args.port,
-        http="h11",  # which bounds headers, whatever else is installed
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=30,
-        lifespan="off",
-    )
-    asyncio.run(serve(service, Server(config), listening))
+    asyncio.run(serve(service, Server(uvicorn.Config(service.app(), **HTTP)), listening))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return socket.create_server(address[:2], family=family)

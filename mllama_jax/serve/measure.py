@@ -24,8 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mllama_jax.errors import InputError
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
@@ -48,15 +46,29 @@ def main() -> None:
 
 def _body(messages: list[dict[str, Any]]) -> bytes:
     def part(each: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image_url", "image_url": {"url": _data_url(each["image"])}} if "image" in each else each
+        if "image" not in each:
+            return each
+        each["image"].save(file := io.BytesIO(), "PNG")
+        return {"type": "image_url", "image_url": {"url": data_url(file.getvalue(), "png")}}
 
     told = [message | {"content": [part(each) for each in message["content"]]} for message in messages]
     return json.dumps({"messages": told, "temperature": 0, "max_tokens": NEW}).encode()
 
 
-def _data_url(image: Image.Image) -> str:
-    image.save(file := io.BytesIO(), "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+def data_url(content: bytes, kind: str) -> str:
+    """A picture file of this kind, "png" or "jpeg", as a URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+async def post(port: int, body: bytes) -> bytes:
+    """What this machine's server at a port answers to a chat request. Raises ValueError where it is a fault."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    status, _, told = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    if b" 200 " not in status.partition(b"\r\n")[0]:
+        raise ValueError(status.partition(b"\r\n")[0], told[:100])
+    return told
 
 
 @contextmanager
@@ -104,15 +116,7 @@ class Load:
                 print(f"{len(self.seconds)} answered, {self.megabytes[-1]} MB", file=sys.stderr)
 
     async def _ask(self, question: int) -> None:
-        body = self.bodies[question]
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: "
-        writer.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
-        status, _, told = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
-        if not status.startswith(b"HTTP/1.1 200"):
-            raise ValueError(status.partition(b"\r\n")[0], told[:100])
-        text = json.loads(told)["choices"][0]["message"]["content"]
+        text = json.loads(await post(self.port, self.bodies[question]))["choices"][0]["message"]["content"]
         if self._answers.setdefault(question, text) != text:
             raise ValueError(f"question {question} had another answer: {text!r}")
 

@@ -1,0 +1,50 @@
+"""`mllama_jax.serve.throughput`: it measures what it says, and over HTTP answers are what the engine's are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mllama_jax import Mllama
+from mllama_jax.serve import throughput
+from mllama_jax.serve.app import Limits, Service
+
+
+def test_everything_is_measured_beside_its_name(small_directory: Path) -> None:
+    command = [sys.executable, "-m", "mllama_jax.serve.throughput", str(small_directory), "--rounds", "1", "--json"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    kinds = [f"{way}, {kind}" for kind in ("32 pictures", "one picture") for way in ("engine", "HTTP")]
+    assert list(told["figures"]) == ["decode alone", *kinds]
+    assert all(figure.get("requests_per_second", 1) > 0 for figure in told["figures"].values())
+    decode, engine = told["figures"]["decode alone"], told["figures"]["engine, one picture"]
+    share = engine["tokens_per_second"] / decode["tokens_per_second"]
+    assert told["ratios"]["engine, one picture, of decode alone"] == pytest.approx(share)
+    http = told["figures"]["HTTP, 32 pictures"]["requests_per_second"]
+    share = http / told["figures"]["engine, 32 pictures"]["requests_per_second"]
+    assert told["ratios"]["HTTP, 32 pictures, of the engine"] == pytest.approx(share)
+
+
+def test_answers_over_http_are_the_engines(small: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "ROWS", 3)
+    monkeypatch.setattr(throughput, "NEW", 12)
+    service = Service(small, "small", slots=3, context=256, limits=Limits())
+    questions = throughput.Questions(service).round(2)
+    assert len({question.picture for question in questions}) == 2
+    with throughput.listening(service) as port:
+        asked = [throughput.in_process(service, question) for question in questions]
+        within = asyncio.run(throughput.together(asked))
+        outside = asyncio.run(throughput.together([throughput.over_http(port, question) for question in questions]))
+    assert [answer.text for answer in outside.answers] == [answer.text for answer in within.answers]
+    assert len({answer.text for answer in within.answers}) == 3
+    for answer, question in zip(within.answers, questions, strict=True):
+        assert [end for _, end in answer.pieces][-1] == answer.tokens == 12
+        assert len(small.prompt(throughput.conversation(question)).tokens) == throughput.PROMPT
