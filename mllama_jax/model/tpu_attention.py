@@ -18,7 +18,9 @@ from mllama_jax.model.layers import Axes, Constrain
 from mllama_jax.model.quantize import Int8
 
 MANY = 128  # queries, from which on `over_all` is worth it
-QUERIES, KEYS = 512, 1024  # in a block of `over_cache`
+QUERIES = 512  # of a block, at most
+KEYS = 1024  # of a block of a cache
+ALL_KEYS = 2304  # of a block where all are seen, at most
 
 
 def over_all(
@@ -54,7 +56,8 @@ def over_cache(
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, scale: float) -> jax.Array:
     """Attend from q [B, T, K, G, H] to k, v [B, K, S, H], or if `causal` to those up to each one's own position."""
     T, K, G, S = *q.shape[1:4], k.shape[2]
-    t, s = block(T), block(S)
+    t = block(T, QUERIES)
+    s = t if causal else block(S, ALL_KEYS)
     q = padded(rearrange((q * scale).astype(q.dtype), "b t k g h -> b (k g) t h"), t)
     k, v = padded(k, s), padded(v, s)
     queries, keys = jnp.zeros(q.shape[2], jnp.int32), (jnp.arange(k.shape[2]) >= S).astype(jnp.int32)
@@ -72,9 +75,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, scale: flo
     return rearrange(y[:, :, :T], "b (k g) t h -> b t k g h", g=G)
 
 
-def block(n: int) -> int:
-    """How many of n positions a block of `splash` has: larger ones are faster, but the last is padded."""
-    return min((512, 384, 256, 128), key=lambda size: -(-n // size) * (size + 64))
+def block(n: int, most: int) -> int:
+    """Into blocks of how many to divide n positions: few blocks are faster, and so is little padding in the last."""
+    return min(range(128, most + 1, 128), key=lambda size: -(-n // size) * (size + 64))
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:
