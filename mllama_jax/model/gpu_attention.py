@@ -107,12 +107,17 @@ def by_flash(
     """A back end of `attention` from many positions to tiles, by `hopper`."""
     from mllama_jax.model.hopper import flash
 
-    def attend(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, *marks: jax.Array) -> jax.Array:
-        heads = rearrange(q, "b t k g h -> b t (k g) h")
+    def attend(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, mine: jax.Array, theirs: jax.Array) -> jax.Array:
         k, v = (x.widen(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
-        return flash((heads, k, v), *marks, scale=scale).reshape(q.shape)
+        heads, mine = (_eights(x) for x in (rearrange(q, "b t k g h -> b t (k g) h"), mine))
+        return flash((heads, k, v), mine, theirs, scale=scale)[:, : q.shape[1]].reshape(q.shape)
 
     return spread(attend, constrain, axes)(q, k, v, *visible.marks(queries, q.dtype, MARKS))
+
+
+def _eights(x: jax.Array) -> jax.Array:
+    """x [B, T, ...] with T made a multiple of 8, in which the kernel loads rows."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), *((0, 0),) * (x.ndim - 2)))
 
 
 def within(qkv: jax.Array, padding: jax.Array, constrain: Constrain) -> jax.Array:

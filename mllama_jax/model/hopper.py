@@ -53,7 +53,7 @@ def slot(step: Any) -> jax.Array:
 def flash(arrays: tuple[jax.Array, ...], *marks: jax.Array, scale: float) -> jax.Array:
     """Attend from q [B, T, N, H] to k, v [B, K, S, H], or within qkv [B, S, 3, N, H], in half precision: [B, T, N, H].
 
-    Where a gradient is asked for, cuDNN computes it.
+    T and S are multiples of 8. Where a gradient is asked for, cuDNN computes it.
 
     Args:
         arrays: q, k and v, or qkv alone.
@@ -179,7 +179,7 @@ def _load(steps: int, source: Callable, tiles: tuple[Any, Any], ready: tuple, fr
             gpu.barrier_wait(barrier.at[at])
 
     for step in range(min(STAGES, steps)):
-        load(step, step)
+        load(jnp.int32(step), step)  # else a last block that is not whole would be refused
 
     @pl.loop(STAGES, max(steps, STAGES))
     def _(step: jax.Array) -> None:

@@ -1,0 +1,75 @@
+"""Attention's kernels for a GPU give what XLA gives: interpreted on a CPU, or as far as they can be followed there."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mllama_jax.model import hopper
+from mllama_jax.model.attention import InSpan, UpTo, xla
+from mllama_jax.model.gpu_attention import MARKS, takes
+from mllama_jax.model.gpu_decode import single_query
+from mllama_jax.model.quantize import Int8
+
+END = 2**30
+SPANS = InSpan(jnp.array([[[2, 9], [4, 7], [0, 0]], [[0, END], [0, END], [3, 5]]]), tokens=7, padded=8)
+
+
+def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32), dtype)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("case", ["filled to a length", "tiles in spans"])
+def test_single_queries_over_int8(case: str, group: int) -> None:
+    visible, length = (UpTo(200), 200) if case == "filled to a length" else (SPANS, 24)
+    positions = jnp.array([[70], [199]]) if case == "filled to a length" else jnp.array([[5], [4]])
+    q, k, v = normal(2, 1, 2, group, 32), normal(2, 2, length, 32, seed=1), normal(2, 2, length, 32, seed=2)
+    k, v = Int8.of(k), Int8.of(v)
+    ours = single_query(q[:, 0], k, v, visible(positions)[:, 0], 32**-0.5, interpret=True)
+    assert float(jnp.abs(ours - xla(q, k, v, positions, visible, 32**-0.5)[:, 0]).max()) <= 1e-5
+
+
+def test_single_queries_read_nothing_behind_the_last_key() -> None:
+    q, k, v = normal(1, 2, 4, 32), normal(1, 2, 300, 32, seed=1), normal(1, 2, 300, 32, seed=2)
+    seen = jnp.arange(300)[None] < 70
+    k, v = Int8.of(k), Int8.of(v)
+    poisoned = Int8(v.values, v.scale.at[:, :, 128:].set(jnp.nan))  # blocks are of 64 keys
+    ours = [single_query(q, k, each, seen, 32**-0.5, interpret=True) for each in (v, poisoned)]
+    assert bool((ours[0] == ours[1]).all())
+
+
+def test_marks_say_which_tiles_are_seen() -> None:
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    queries, keys = SPANS.marks(positions, jnp.dtype("bfloat16"), MARKS)
+    products = jnp.einsum("btm,bsm->bts", queries.astype("float32"), keys.astype("float32"))
+    seen = SPANS(positions)
+    assert bool((products[seen] == 0).all())
+    assert float(products[~seen].max()) <= -(2**16)
+
+
+def test_more_tiles_than_marks_are_not_taken() -> None:
+    assert takes(InSpan(jnp.zeros((1, MARKS - 1, 2), jnp.int32), 7, 8))
+    assert not takes(InSpan(jnp.zeros((1, MARKS, 2), jnp.int32), 7, 8))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        pytest.param([(1, 4128, 3, 16, 80)], id="vision tower"),
+        pytest.param([(2, 104, 32, 128), (2, 8, 4128, 128), (2, 8, 4128, 128)], id="cross-attention"),
+    ],
+)
+def test_the_kernel_is_accepted_for_a_gpu(shapes: list[tuple[int, ...]]) -> None:
+    """At the 11B's shapes, and lowered once for all layers."""
+    arrays = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    rows, keys = shapes[0][:2], shapes[-1][2 if len(shapes) == 3 else 1]
+    marks = [jax.ShapeDtypeStruct((rows[0], length, MARKS), "bfloat16") for length in (rows[1], keys)]
+
+    def layers(arrays: list[jax.Array], marks: list[jax.Array]) -> list[jax.Array]:
+        return [hopper.flash(tuple(arrays), *marks, scale=0.1 + 0 * i) for i in range(3)]
+
+    text = jax.jit(layers).trace(arrays, marks).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
