@@ -35,7 +35,7 @@ def test_everything_is_measured_beside_its_name(tiny_directory: Path) -> None:
 
 def test_answers_over_http_are_the_engines(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "ROWS", 3)
-    monkeypatch.setattr(throughput, "NEW", 12)
+    monkeypatch.setattr(throughput, "NEW", 60)
     model = mllama_jax.load(tiny_directory, dtype="float32")
     service = Service(model, "tiny", slots=3, context=256, limits=Limits())
     questions = throughput.Questions(service).round(2)
@@ -48,5 +48,5 @@ def test_answers_over_http_are_the_engines(tiny_directory: Path, monkeypatch: py
     assert [answer.text for answer in outside.answers] == [answer.text for answer in within.answers]
     assert len({answer.text for answer in within.answers}) == 3
     for answer, question in zip(within.answers, questions, strict=True):
-        assert [end for _, end in answer.pieces][-1] == answer.tokens == 12
+        assert [end for _, end in answer.pieces][-1] == answer.tokens == 60
         assert len(model.prompt(throughput.conversation(question)).tokens) == throughput.PROMPT
