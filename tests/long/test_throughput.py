@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mllama_jax import Mllama
+import mllama_jax
 from mllama_jax.serve import throughput
 from mllama_jax.serve.app import Limits, Service
 
 
-def test_everything_is_measured_beside_its_name(small_directory: Path) -> None:
-    command = [sys.executable, "-m", "mllama_jax.serve.throughput", str(small_directory), "--rounds", "1", "--json"]
+def test_everything_is_measured_beside_its_name(tiny_directory: Path) -> None:
+    command = [sys.executable, "-m", "mllama_jax.serve.throughput", str(tiny_directory), "--rounds", "1", "--json"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -33,10 +33,11 @@ def test_everything_is_measured_beside_its_name(small_directory: Path) -> None:
     assert told["ratios"]["HTTP, 32 pictures, of the engine"] == pytest.approx(share)
 
 
-def test_answers_over_http_are_the_engines(small: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_over_http_are_the_engines(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "ROWS", 3)
-    monkeypatch.setattr(throughput, "NEW", 12)
-    service = Service(small, "small", slots=3, context=256, limits=Limits())
+    monkeypatch.setattr(throughput, "NEW", 60)
+    model = mllama_jax.load(tiny_directory, dtype="float32")
+    service = Service(model, "tiny", slots=3, context=256, limits=Limits())
     questions = throughput.Questions(service).round(2)
     assert len({question.picture for question in questions}) == 2
     with throughput.listening(service) as port:
@@ -47,5 +48,5 @@ def test_answers_over_http_are_the_engines(small: Mllama, monkeypatch: pytest.Mo
     assert [answer.text for answer in outside.answers] == [answer.text for answer in within.answers]
     assert len({answer.text for answer in within.answers}) == 3
     for answer, question in zip(within.answers, questions, strict=True):
-        assert [end for _, end in answer.pieces][-1] == answer.tokens == 12
-        assert len(small.prompt(throughput.conversation(question)).tokens) == throughput.PROMPT
+        assert [end for _, end in answer.pieces][-1] == answer.tokens == 60
+        assert len(model.prompt(throughput.conversation(question)).tokens) == throughput.PROMPT
