@@ -1,18 +1,24 @@
-"""What int8 and int4 do to the answers of layers as wide as the 11B's: `pytest -s tests/long/test_quantize.py`."""
+"""int4 on a mesh; what int8 and int4 do to layers as wide as the 11B's: `pytest -s tests/long/test_quantize.py`."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
 
 from mllama_jax.config import PRESETS
 from mllama_jax.convert.apply import insert, paths
+from mllama_jax.convert.export import write_hf
 from mllama_jax.generate.decode import all_logits
-from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
+from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters, init_parameters
 from mllama_jax.model.quantize import QUANTIZERS, is_quantized, quantize_parameters, widen
+from tests.conftest import SMALL
+from tests.test_sharding import run
 
 # Two self-attention layers of the 11B and a head of an eighth of its vocabulary.
 CONFIG = dataclasses.replace(
@@ -65,10 +71,19 @@ def test_agreement_with_float32() -> None:
         "int4": lambda: foretold(quantize_parameters(params, QUANTIZERS["int4"])),
     }
     print(f"\n{'beside float32':<20}{'top-1':>8}{'KL a position':>15}{'largest':>9}")
-    for name, run in kinds.items():
-        theirs = run()
+    for name, foretell in kinds.items():
+        theirs = foretell()
         kl = (np.exp(whole) * (whole - theirs)).sum(axis=-1)
         top1 = (whole.argmax(axis=-1) == theirs.argmax(axis=-1)).mean()
         found[name] = kl.mean()
         print(f"{name:<20}{top1:8.1%}{kl.mean():15.2g}{kl.max():9.2g}")
     assert found["bfloat16"] < found["int8, weights only"] < found["int8"] < found["int4"] < 0.5
+
+
+def test_int4_equals_one_device(tmp_path: Path) -> None:
+    """Eight devices have a group of the inputs of each output and down kernel, of two layers of text."""
+    sizes = {"heads": 8, "kv_heads": 4, "head_dim": 128, "hidden": 1024}
+    text = dataclasses.replace(SMALL.text, layers=2, cross_layers=(), extra_embeddings=0, **sizes)
+    config = dataclasses.replace(SMALL, text=text, vision=None)
+    write_hf(tmp_path, init_parameters(config, jax.random.key(1)), config, np.dtype("float32"))
+    assert json.loads(run(8, "packed", str(tmp_path)))["error"] <= 1e-5
