@@ -148,11 +148,6 @@ def from_tree(params: Mapping[str, Any], dtype: np.dtype) -> dict[Path, Paramete
     return {path: Parameter.of(value).astype(dtype) for path, value in paths(params).items()}
 
 
-def quantization(parameters: Parameters) -> str | None:
-    """What the decoder's kernels are quantised to."""
-    return "int8" if any(parameter.dtype == np.int8 for parameter in parameters.values()) else None
-
-
 # ---- Writing ------------------------------------------------------------------------------------------------------
 
 

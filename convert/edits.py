@@ -23,7 +23,7 @@ from mllama_jax.convert.model import Model
 from mllama_jax.convert.safetensors import SafetensorsFile
 from mllama_jax.convert.table import Row, table
 from mllama_jax.errors import InputError
-from mllama_jax.model.quantize import is_quantized, quantize
+from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized
 
 # ---- What numbers are stored in -----------------------------------------------------------------------------------
 
@@ -39,34 +39,34 @@ def cast(model: Model, dtype: np.dtype) -> Model:
     )
 
 
-def quantized(model: Model) -> Model:
-    """The decoder's kernels in int8, each followed by its scales."""
+def quantized(model: Model, quantize: str) -> Model:
+    """The decoder's kernels in int8 or int4, each followed by its scales."""
     found: dict[tuple[str, ...], Parameter] = {}
+    quantizer = QUANTIZERS[quantize]
     pair = functools.lru_cache(maxsize=1)(_pair)  # values and scales are asked for one after the other
     for path, parameter in model.parameters.items():
         if not is_quantized(path):
             found[path] = parameter
             continue
-        values, scale = (functools.partial(_quantized, pair, parameter, i) for i in (0, 1))
-        found[path] = Parameter(parameter.shape, np.dtype(np.int8), values)
-        found[(*path[:-1], "scale")] = Parameter(parameter.shape[:-1], np.dtype(np.float32), scale)
+        pieces = jax.eval_shape(quantizer, jax.ShapeDtypeStruct(parameter.shape, parameter.dtype))
+        for i, (name, piece) in enumerate(zip(("kernel", "scale"), pieces, strict=True)):
+            read = functools.partial(_quantized, pair, quantizer, parameter, i)
+            found[(*path[:-1], name)] = Parameter(piece.shape, np.dtype(piece.dtype), read)
     return dataclasses.replace(model, parameters=found)
 
 
-def _quantized(pair: Callable, parameter: Parameter, i: int, index: Index) -> np.ndarray:
-    return pair(parameter)[i][index]
+def _quantized(pair: Callable, quantizer: Quantizer, parameter: Parameter, i: int, index: Index) -> np.ndarray:
+    return pair(quantizer, parameter)[i][index]
 
 
-def _pair(parameter: Parameter) -> tuple[np.ndarray, np.ndarray]:
+def _pair(quantizer: Quantizer, parameter: Parameter) -> tuple[np.ndarray, ...]:
     """Values and scales, made some rows at a time: float32 has twice or four times the bytes."""
     rows = parameter.whole().reshape(-1, parameter.shape[-1])
-    values, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
     step = max(1, _AT_ONCE // rows.shape[1])
     with jax.default_device(jax.devices("cpu")[0]):
-        for start in range(0, len(rows), step):
-            some = slice(start, start + step)
-            values[some], scales[some] = jax.jit(quantize)(rows[some])
-    return values.reshape(parameter.shape), scales.reshape(parameter.shape[:-1])
+        made = [jax.device_get(quantizer(rows[start : start + step])) for start in range(0, len(rows), step)]
+    whole = map(np.concatenate, zip(*made, strict=True))
+    return tuple(each.reshape(*parameter.shape[:-1], *each.shape[1:]) for each in whole)
 
 
 # ---- The decoder --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mllama_jax.errors import InputError
 TREE, MANIFEST, EXTRA = "_METADATA", "manifest.json", "meta_only."
 VERSION = 1
 DTYPES = {dtype.name: dtype for dtype in map(np.dtype, (ml_dtypes.bfloat16, np.float32, np.float16))}
-_STORED = DTYPES | {"int8": np.dtype(np.int8)}
+_STORED = DTYPES | {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
 
 
 class StoredArrays:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import Extras, Parameters, paths, quantization
+from mllama_jax.convert.apply import Extras, Parameters, paths
 from mllama_jax.convert.axes import Shape
 from mllama_jax.convert.files import array_bytes
 from mllama_jax.convert.manifest import EXTRA, MANIFEST, TREE, VERSION, canonical, digest_of
@@ -29,6 +29,7 @@ from mllama_jax.convert.progress import Progress
 from mllama_jax.convert.store import Store, explained
 from mllama_jax.convert.table import table
 from mllama_jax.model.mllama import abstract_parameters
+from mllama_jax.model.quantize import quantization
 
 # Chunks are the least that can be read. What a mesh may split is cut into at most 16, as far as chunks keep a quarter
 # of a megabyte.
@@ -38,7 +39,8 @@ _IN_FLIGHT = 2**29  # bytes of arrays that go to disk together; of larger ones o
 
 def write_arrays(store: Store, parameters: Parameters, config: MllamaConfig, extras: Extras, done: Progress) -> None:
     """Write every parameter that `done` does not know, the next being read while the last goes to disk."""
-    abstract = abstract_parameters(config, quantize=quantization(parameters))
+    quantize = quantization(parameter.dtype for parameter in parameters.values())
+    abstract = abstract_parameters(config, quantize=quantize)
     names = {path: leaf.names for path, leaf in paths(abstract).items()}
     stacks = {row.target: row.hf.stack for row in table(config)}
 

@@ -62,7 +62,7 @@ def convert(
         text_only: leave out vision and cross-attention; what is left is a plain Llama 3.1 model.
         text_from: directory of a text-only checkpoint whose decoder takes the place of the source's.
         lora: directory of a LoRA adapter in PEFT's layout, which is added to the weights.
-        quantize: "int8" keeps the decoder's kernels in int8, one scale an output, as `load` does; in our layout only.
+        quantize: "int8" or "int4" of the decoder's kernels, as `load` makes them; in our layout only.
 
     Returns:
         What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds.
@@ -96,7 +96,7 @@ def convert(
     else:
         model = edits.cast(model, DTYPES[dtype])
     if quantize is not None:
-        model = edits.quantized(model)
+        model = edits.quantized(model, quantize)
     plan = _PLANS[to](model, shards)
     job = {"from": str(absolute(source)), "to": to, "dtype": dtype, "shards": shards, "text_only": text_only}
     job |= {key: str(absolute(value)) for key, value in (("text_from", text_from), ("lora", lora)) if value}

@@ -17,6 +17,7 @@ from mllama_jax.convert.safetensors import SafetensorsFile
 from mllama_jax.convert.store import BucketPath, Store, absolute, is_bucket
 from mllama_jax.convert.table import Layout
 from mllama_jax.errors import InputError
+from mllama_jax.model.quantize import quantization
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _META_SHARD = re.compile(r"consolidated(?:\.(\d\d))?\.pth")
@@ -54,7 +55,7 @@ class Checkpoint:
     @property
     def quantized(self) -> str | None:
         """What the decoder's kernels are quantised to, which only our layout holds."""
-        return "int8" if self.layout == "orbax" and np.dtype(np.int8) in self.dtypes.values() else None
+        return quantization(self.dtypes.values()) if self.layout == "orbax" else None
 
     def extras(self) -> dict[str, np.ndarray]:
         """What our layout keeps of Meta's beyond our parameters."""

@@ -73,7 +73,7 @@ def _path(target: str) -> tuple[str, ...]:
 def table(config: MllamaConfig, quantize: str | None = None) -> list[Row]:
     """Every row of `config`'s parameter tree; names are Hugging Face's from before transformers 4.52, and Meta's.
 
-    With `quantize` also the scales of the decoder's int8 kernels, which our own layout alone holds.
+    With `quantize` also the scales of the decoder's kernels, which our own layout alone holds.
     """
     rows = list(_text(config.text, "language_model." if config.vision else ""))
     if config.vision is not None:

@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllama_jax.config import QUANTIZATIONS
+from mllama_jax.config import CACHES, QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
     from mllama_jax.config import MllamaConfig
     from mllama_jax.sharding.mesh import Chip
 
-DTYPES = ("bfloat16", "int8")
+DTYPES = ("bfloat16", *QUANTIZATIONS)
 PROMPT = 128  # tokens behind the picture in the first-token figure
-SPREAD_ERROR = 0.05  # of the largest logit, that bfloat16 and int8 may round differently on several devices
+SPREAD_ERROR = 0.05  # of the largest logit, that weights of any dtype may round differently on several devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="time decode, first token, image encoding and prefill on random weights")
     parser.add_argument("model", nargs="?", default="11b-instruct", help="a preset, or a directory for its config")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the decoder's weights")
-    parser.add_argument("--cache", choices=QUANTIZATIONS, help="of keys and values (default: bfloat16)")
+    parser.add_argument("--cache", choices=CACHES, help="of keys and values (default: bfloat16)")
     parser.add_argument(
         "--mesh", nargs="+", type=int, default=[1], metavar="DEVICES", help="over how many devices to spread the model"
     )

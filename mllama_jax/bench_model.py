@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllama_jax.config import MllamaConfig, VisionConfig
+from mllama_jax.config import QUANTIZATIONS, MllamaConfig, VisionConfig
 from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
+from mllama_jax.model.quantize import GROUP, count
 from mllama_jax.model.vision import TILES
 from mllama_jax.sharding.fit_table import shallow
 from mllama_jax.sharding.mesh import Chip, make_mesh
@@ -59,7 +60,7 @@ class Bench:
     def of(cls, config: MllamaConfig, dtype: str, devices: int = 1, cache: str | None = None) -> Bench:
         """Random weights, the decoder's kernels in `dtype`, by the preset `serve` where devices are several."""
         model, tree = abstract(config, dtype, devices, cache)
-        return cls(model, jax.tree.map(normal, tree))
+        return cls(model, jax.tree_util.tree_map_with_path(_parameter, tree))
 
     @property
     def devices(self) -> int:
@@ -98,10 +99,10 @@ class Bench:
         keys = context * len(text.self_layers)
         if cross is not None:
             keys += cross.layers[0].length * len(text.cross_layers)
-        size = sum(leaf.size for leaf in jax.tree.leaves(weights))
+        numbers = sum(map(count, jax.tree.leaves(weights)))
         read = device_bytes((weights, cache, cross))
         flops = 4 * rows * text.heads * text.head_dim * keys
-        return dispatch, Floor(read, 2 * rows * size / self.devices, flops / self.devices)
+        return dispatch, Floor(read, 2 * rows * numbers / self.devices, flops / self.devices)
 
     def encode(self, images: int) -> tuple[Callable[[], Any], Floor]:
         """The vision tower and the projector on pictures of all tiles."""
@@ -134,10 +135,10 @@ class Bench:
             return decode.prefill(self.model, self.params, ids, lengths, cache, cross, settings, top=0)[1]
 
         weights = self._decode_weights(picture)
-        head = self.params["text"].get("head", {"kernel": self.params["text"]["embedding"]})["kernel"].size
-        size = sum(leaf.size for leaf in jax.tree.leaves(weights)) - head
+        head = count(self.params["text"].get("head", {"kernel": self.params["text"]["embedding"]})["kernel"])
+        numbers = sum(map(count, jax.tree.leaves(weights))) - head
         inner = 4 * text.heads * text.head_dim
-        weight_flops = 2 * tokens * size + 2 * head
+        weight_flops = 2 * tokens * numbers + 2 * head
         flops = inner * tokens * (tokens + 1) / 2 * len(text.self_layers)
         if picture:
             seen, kv = self._vision.max_tiles * self._vision.tokens, 2 * text.kv_heads * text.head_dim * text.width
@@ -172,7 +173,7 @@ class Bench:
 
 def abstract(config: MllamaConfig, dtype: str, devices: int, cache: str | None = None) -> tuple[MllamaModel, Params]:
     """A model in bfloat16 and what its parameters are, the decoder's kernels in `dtype`, and on which devices."""
-    wide, quantize = jnp.dtype("bfloat16"), "int8" if dtype == "int8" else None
+    wide, quantize = jnp.dtype("bfloat16"), dtype if dtype in QUANTIZATIONS else None
     if devices == 1:
         tree = nn.unbox(abstract_parameters(config, wide, quantize))
         return MllamaModel(config, wide, cache=cache), tree
@@ -193,18 +194,27 @@ def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | No
     return float(np.abs(several - one).max() / np.abs(one).max())
 
 
-def normal(like: Any) -> jax.Array:
-    """Random numbers of such a shape and dtype, of about the size that weights of that width have."""
+def _parameter(path: tuple[Any, ...], like: Any) -> jax.Array:
+    """A parameter; the scales of int4 kernels, unlike those of norms, have an axis of groups."""
+    grouped = path[-1].key == "scale" and like.ndim > 1
+    return normal(like, (like.shape[-1] * GROUP) ** -0.5 / 4.6 if grouped else None)  # 4.6: of -8 ... 7 the deviation
+
+
+def normal(like: Any, scale: float | None = None) -> jax.Array:
+    """Random numbers of such a shape and dtype, of about the size that weights of that width have; or all `scale`."""
     shape, dtype = tuple(like.shape), jnp.dtype(like.dtype)
 
     def make(key: jax.Array) -> jax.Array:
-        if dtype == jnp.int8:
-            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
-        if dtype == jnp.float32:  # the scales of int8 kernels
+        if dtype.itemsize == 1:  # int8, and the packed integers of int4
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
+        if dtype == jnp.float32:  # the scales of int8 numbers
             return jnp.full(shape, 2e-4, jnp.float32)
+        if scale is not None:
+            return jnp.full(shape, scale, dtype)
         return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
-    return _jitted(make, shape, dtype, getattr(like, "sharding", None))(jax.random.key(sum(shape), impl="unsafe_rbg"))
+    place = getattr(like, "sharding", None)
+    return _jitted(make, shape, dtype, scale, place)(jax.random.key(sum(shape), impl="unsafe_rbg"))
 
 
 _made: dict[Any, Callable] = {}

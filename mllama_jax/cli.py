@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mllama_jax import bench, moderation, planner
-from mllama_jax.config import QUANTIZATIONS
+from mllama_jax.config import CACHES, QUANTIZATIONS
 from mllama_jax.convert import command as conversion
 from mllama_jax.errors import InputError
 from mllama_jax.evaluate import command as evaluation
@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
     for command in (generate, chat, served, moderate):
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
-        command.add_argument("--quantize", choices=QUANTIZATIONS, help="keep the decoder's kernels in int8")
-        command.add_argument("--cache", choices=QUANTIZATIONS, help="keep the keys and values of what was read in int8")
+        command.add_argument("--quantize", choices=QUANTIZATIONS, help="what to keep the decoder's kernels in")
+        command.add_argument("--cache", choices=CACHES, help="keep the keys and values of what was read in int8")
     for command in (generate, chat):
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")

@@ -114,7 +114,8 @@ class MllamaConfig:
 _90B = TextConfig(width=8192, heads=64, hidden=28672, layers=100, cross_layers=tuple(range(3, 100, 5)))
 
 DTYPES = ("bfloat16", "float32", "float16")  # that a model computes in
-QUANTIZATIONS = ("int8",)  # of the decoder's kernels, and of caches
+QUANTIZATIONS = ("int8", "int4")  # of the decoder's kernels
+CACHES = ("int8",)  # of keys and values
 
 PRESETS = {
     "11b": MllamaConfig(vision=VisionConfig(tile=448)),

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllama_jax.api import Mllama
-from mllama_jax.config import DTYPES, QUANTIZATIONS, MllamaConfig
+from mllama_jax.config import CACHES, DTYPES, QUANTIZATIONS, MllamaConfig
 from mllama_jax.convert.apply import load_parameters, parameters, paths, read_config
 from mllama_jax.convert.model import CARRIED
 from mllama_jax.convert.sources import Checkpoint, open_checkpoint
@@ -26,8 +26,7 @@ from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import unconstrained
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
-from mllama_jax.model.quantize import is_quantized, quantize_parameters
-from mllama_jax.model.quantize import quantize as quantized
+from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized, quantize_parameters
 from mllama_jax.processes import agree
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
@@ -58,7 +57,9 @@ def load(
         rules: what lies where on the mesh: a preset's name, or a dictionary from logical to mesh axes. Several
             processes (see `mllama_jax.processes`) must all give the same of everything here, which is checked.
         quantize: "int8" keeps the decoder's kernels in int8, one scale an output, and quantises activations token by
-            token; half the memory and less to read for each token. A checkpoint that is stored so stays so.
+            token; half the memory and less to read for each token. "int4" keeps them in int4, one scale for each group
+            of 128 inputs, and activations as they are; a little more than a quarter. A checkpoint that is stored so
+            stays so.
         cache: "int8" keeps the keys and values of text and pictures in int8, one scale for each position and key/value
             head: room for nearly twice the rows or positions, and less to read for each token of long ones.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
@@ -69,10 +70,14 @@ def load(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    for name, value in (("quantize", quantize), ("cache", cache)):
-        if value not in (None, *QUANTIZATIONS):
-            raise InputError(f"{name} must be {' or '.join(QUANTIZATIONS)} or None, got {value!r}")
+    for name, value, known in (("quantize", quantize, QUANTIZATIONS), ("cache", cache, CACHES)):
+        if value not in (None, *known):
+            raise InputError(f"{name} must be {' or '.join(known)} or None, got {value!r}")
     checkpoint = open_checkpoint(path)
+    if quantize and checkpoint.quantized not in (None, quantize):
+        raise InputError(
+            f"{path}: holds {checkpoint.quantized} weights, which cannot become {quantize}; load what it was made from"
+        )
     if verify and checkpoint.layout != "orbax":
         raise InputError(f"{path}: has no manifest to verify; `mllama convert` writes a checkpoint that has one")
     if verify:
@@ -87,11 +92,12 @@ def load(
         constrain = preset_rules(rules, config, mesh) if isinstance(rules, str) else Rules.of(mesh, rules)
     model = MllamaModel(config, jnp.dtype(dtype), constrain, cache=cache)
     stored = parameters(checkpoint, config)
-    made = quantize is not None and not checkpoint.quantized
-    whole = _wanted(model, None if made else checkpoint.quantized, trained)
-    put = _quantizer(whole, _wanted(model, quantize, trained)) if made else _placer(whole)
-    params = load_parameters(stored, put)
-    params = quantize_parameters(params, tuple) if made else params
+    whole = _wanted(model, checkpoint.quantized, trained)
+    if quantize is None or checkpoint.quantized:
+        params = load_parameters(stored, _placer(whole))
+    else:
+        put = _quantizer(QUANTIZERS[quantize], whole, _wanted(model, quantize, trained))
+        params = quantize_parameters(load_parameters(stored, put), tuple)
     return Mllama(model, params, tokenizer, template, checkpoint.directory)
 
 
@@ -161,15 +167,15 @@ def _placer(wanted: Leaves) -> Put:
     return put
 
 
-def _quantizer(whole: Leaves, wanted: Leaves) -> Put:
-    """A function that puts a parameter as `whole` says, and what int8 is for then as its values and scales."""
+def _quantizer(quantizer: Quantizer, whole: Leaves, wanted: Leaves) -> Put:
+    """A function that puts a parameter as `whole` says, and what is to be quantised then as its values and scales."""
     put = _placer(whole)
 
     def place(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Any:
         if not is_quantized(path):
             return put(path, shape, read)
         places = tuple(wanted[each].sharding for each in (path, (*path[:-1], "scale")))
-        return jax.jit(quantized, out_shardings=None if None in places else places)(put(path, shape, read))
+        return jax.jit(quantizer, out_shardings=None if None in places else places)(put(path, shape, read))
 
     return place
 

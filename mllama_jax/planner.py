@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllama_jax.config import QUANTIZATIONS
+from mllama_jax.config import CACHES, QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--context", type=int, default=8192, help="positions of a row")
     parser.add_argument("--images", type=int, default=1, help="pictures of a row, of all tiles each")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of the decoder's weights (default: bfloat16)")
-    parser.add_argument("--cache", choices=QUANTIZATIONS, help="of keys and values (default: bfloat16)")
+    parser.add_argument("--cache", choices=CACHES, help="of keys and values (default: bfloat16)")
     parser.add_argument(
         "--preset", help="serve (default), long-context, evaluate, fsdp (default of --train), fsdp+tensor"
     )

@@ -21,6 +21,7 @@ from mllama_jax.convert.store import Store
 from mllama_jax.convert.table import table
 from mllama_jax.errors import InputError
 from mllama_jax.generate.decode import on_host
+from mllama_jax.model.quantize import quantization
 from mllama_jax.processes import agree
 
 
@@ -37,7 +38,7 @@ def save(model: Mllama, path: str | os.PathLike[str]) -> None:
         InputError: the directory is not empty, which all processes are told, or cannot be written.
     """
     leaves = paths(model.params)
-    quantized = "int8" if any(leaf.dtype == np.int8 for leaf in leaves.values()) else None
+    quantized = quantization(leaf.dtype for leaf in leaves.values())
     parameters = {row.target: _parameter(leaves[row.target]) for row in table(model.config, quantized)}
     source, problem = None, ""
     if jax.process_index() == 0:

@@ -30,7 +30,8 @@ def resolve(config: MllamaConfig, rules: Rules, dtype: np.dtype, quantize: str |
             return jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=rules.sharding(*leaf.names))
         except InputError as error:
             where = "/".join(key.key for key in path)
-            raise InputError(f"{where} {list(shape)} on {rules.describe_mesh()}: {error}") from None
+            groups = "; int4 splits between groups of inputs" if quantize == "int4" and path[-1].key == "scale" else ""
+            raise InputError(f"{where} {list(shape)} on {rules.describe_mesh()}: {error}{groups}") from None
 
     boxed = abstract_parameters(config, dtype, quantize)
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

@@ -13,6 +13,7 @@ from mllama_jax.config import TextConfig
 from mllama_jax.generate.decode import CHUNK
 from mllama_jax.model.attention import SCORES_AT_ONCE, largest_divisor
 from mllama_jax.model.mllama import Params
+from mllama_jax.model.quantize import count
 from mllama_jax.sharding.hlo import Collective
 from mllama_jax.sharding.mesh import Topology
 from mllama_jax.sharding.programs import Programs, Workload
@@ -67,7 +68,8 @@ def floor(topology: Topology, programs: Programs, load: Workload, collectives: C
 
 def _work(leaf: jax.ShapeDtypeStruct) -> float:
     """Numbers of a parameter that a device multiplies with, those of int8 counted half."""
-    return device_bytes(leaf) / np.dtype(leaf.dtype).itemsize / (2 if leaf.dtype == np.int8 else 1)
+    share = device_bytes(leaf) / (leaf.size * np.dtype(leaf.dtype).itemsize)
+    return share * count(leaf) / (2 if leaf.dtype == np.int8 else 1)
 
 
 def decode_weights(params: Params, config: TextConfig, *, pictures: bool) -> Any:
@@ -102,6 +104,11 @@ def expected_collectives(programs: Programs, load: Workload) -> Counter[Collecti
     return found
 
 
+def _widened(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a kernel that is unpacked for a product with many rows: bfloat16 has four times those of int4."""
+    return 4 * device_bytes(leaf) if leaf.dtype == np.uint8 else 0
+
+
 def row_temporaries(text: TextConfig) -> int:
     """About what decode needs for one more row: its logits, and what sorting them takes, eight times in float32."""
     return 8 * 4 * text.vocab
@@ -116,6 +123,7 @@ def temporaries(programs: Programs, load: Workload) -> dict[str, int]:
     t = largest_divisor(load.context, CHUNK)
     scores = min(text.heads * t * load.context, SCORES_AT_ONCE) // heads
     prefill = t * size * (4 * text.width + 3 * text.hidden // rules.parts("mlp")) + 10 * scores + 2**27
+    prefill += max(map(_widened, jax.tree.leaves(programs.params["text"]["layers_0"])))
     found = {"decode": decode, "prefill": prefill}
     if vision is not None and load.images:
         tokens = vision.max_tiles * vision.padded_tokens

@@ -117,6 +117,17 @@ def quantized(directory: str) -> None:
         print(json.dumps({"mesh": axes, "error": error, "other_scales": other, "tokens": made == tokens}))
 
 
+def packed(directory: str) -> None:
+    """int4 on a mesh against one device; prints the error of logits."""
+    mesh = make_mesh({"data": 1, "kv": 4, "q": 2}, jax.devices())
+    single, split = (mllama_jax.load(directory, dtype="float32", mesh=each, quantize="int4") for each in (None, mesh))
+    kernel = split.params["text"]["layers_0"]["mlp"]["down"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (64, 1024 // 2 // 8)
+    tokens = np.random.default_rng(0).integers(0, 512, (3, 10)).tolist()
+    wanted, logits = (model.logits(tokens, [[]] * 3) for model in (single, split))
+    print(json.dumps({"mesh": dict(mesh.shape), "error": float(np.abs(wanted - logits).max())}))
+
+
 def cached(directory: str) -> None:
     """int8 caches on meshes against one device; prints errors, and how far caches in float32 are off."""
     wanted, tokens = answers(mllama_jax.load(directory, dtype="float32", cache="int8"))
@@ -155,9 +166,11 @@ def kernels(directory: str) -> None:
 def refuse(directory: str) -> None:
     """What cannot be placed is refused in one line, before anything is loaded."""
 
-    def refused(message: str, mesh: Mesh, rules: str | dict[str, MeshAxes] = "serve") -> None:
+    def refused(
+        message: str, mesh: Mesh, rules: str | dict[str, MeshAxes] = "serve", quantize: str | None = None
+    ) -> None:
         with pytest.raises(InputError, match=message) as error:
-            mllama_jax.load(directory, mesh=mesh, rules=rules)
+            mllama_jax.load(directory, mesh=mesh, rules=rules, quantize=quantize)
         assert "\n" not in str(error.value)
 
     def mesh(*shape: int, axes: tuple[str, ...] = ("data", "kv", "q")) -> Mesh:
@@ -173,6 +186,12 @@ def refuse(directory: str) -> None:
         r"text/layers_0/mlp/down/kernel \[64, 96\] on mesh \(x 8\): .* split twice over \['x'\], by \['embed', 'mlp'\]",
         mesh(8, axes=("x",)),
         {"embed": "x", "mlp": "x"},
+    )
+    refused(
+        r"text/layers_0/attention/out/scale \[64, 1\] on mesh \(data 4, kv 2, q 1\): heads of size 1 does not divide "
+        r"over kv x q = 2; \[1\] would; int4 splits between groups of inputs",
+        mesh(4, 2, 1),
+        quantize="int4",
     )
     refused("unknown logical axes \\['head'\\]; known are batch, ", mesh(8, axes=("x",)), {"head": "x"})
     refused("preset 'fast' is not known; known are serve, ", mesh(2, 2, 2), "fast")
@@ -216,6 +235,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, cached, kernels, refuse, restore, clean):
+    for task in (compare, quantized, packed, cached, kernels, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

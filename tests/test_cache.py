@@ -17,7 +17,8 @@ from mllama_jax.cli import SHIPPED
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import WORTH_A_COPY, Engine, Request
+from mllama_jax.generate.engine import WORTH_A_COPY, Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.model.attention import attention, xla
 from mllama_jax.model.cache import KVCache
 from mllama_jax.model.quantize import Int8

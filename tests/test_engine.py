@@ -14,9 +14,10 @@ from PIL import Image
 
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, engine, slots
+from mllama_jax.generate import decode, engine, requests, slots
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import Prompt, load_template
 from mllama_jax.serve.hosts import Connection, Follower, Leader, Order, obey
@@ -279,13 +280,13 @@ def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Dr
 def test_a_picture_that_a_slot_holds_is_not_prepared_again(
     tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared, preprocess = [], engine.preprocess
+    prepared, preprocess = [], requests.preprocess
 
     def counting(images: list[Image.Image], vision: Any) -> Any:
         prepared.extend(images)
         return preprocess(images, vision)
 
-    monkeypatch.setattr(engine, "preprocess", counting)
+    monkeypatch.setattr(requests, "preprocess", counting)
     served = Engine(tiny.model, tiny.params, slots=1, context=256)
     serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
     serve(served, ask(tiny, [512, IMAGE, 2], picture(1)))
@@ -312,6 +313,34 @@ def test_many_pictures_let_the_others_go_on(
         serve_once(served)
         counts.append((len(encoded) - before[0], len(first.answer.tokens) - before[1]))
     assert counts == [(0, engine.HURRY), (2, 0)] * 2 + [(0, engine.HURRY), (1, 0)]
+
+
+@pytest.mark.usefixtures("brisk")
+def test_the_next_block_is_under_way_when_one_comes(tiny: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where someone could be read first."""
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
+    serve_once(served, first := ask(tiny, [512, 1], new=40))  # read
+    happened, run, fetch = [], decode.decode, decode.on_host
+
+    def running(*args: Any, steps: int, **options: Any) -> Any:
+        happened.append(steps)
+        return run(*args, steps=steps, **options)
+
+    def fetching(tree: Any) -> Any:
+        happened.append("fetched")
+        return fetch(tree)
+
+    monkeypatch.setattr(decode, "decode", running)
+    monkeypatch.setattr(decode, "on_host", fetching)
+    serve_once(served)
+    serve_once(served)
+    assert happened == [engine.STEPS, engine.STEPS, "fetched", engine.STEPS, "fetched"]
+    assert len(first.answer.tokens) == 1 + 2 * engine.STEPS
+    happened.clear()
+    serve_once(served, ask(tiny, [512, 2]))
+    assert happened == ["fetched"]
+    serve_once(served)  # read
+    assert happened == ["fetched", "fetched"]
 
 
 def test_a_beginning_that_a_slot_has_read_is_not_read_again(tiny: Mllama, chunks: list[tuple[int, int]]) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import mllama_jax
 from mllama_jax import Mllama
+from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.convert import orbax
 from mllama_jax.convert.apply import parameters, read_config, renamed
 from mllama_jax.convert.export import write_hf, write_meta
@@ -163,7 +164,7 @@ def test_the_directory_alone_serves(ours: Path, small: Mllama) -> None:
     assert model.config == small.config
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, *QUANTIZATIONS])
 def test_a_loaded_model_is_saved_as_convert_writes_it(template: Path, tmp_path: Path, quantize: str | None) -> None:
     """All files to the byte, with what no parameter of ours holds."""
     a = release(template, tmp_path / "a", DTYPES[1], 1)

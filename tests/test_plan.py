@@ -12,6 +12,7 @@ from PIL import Image
 
 from mllama_jax.cli import main
 from mllama_jax.config import PRESETS
+from mllama_jax.errors import InputError
 from mllama_jax.sharding.hlo import Collective, Program
 from mllama_jax.sharding.mesh import topology
 from mllama_jax.sharding.plan import Plan, plan
@@ -103,6 +104,17 @@ def test_int8_caches_leave_room_for_more_rows() -> None:
     )
     assert small.largest_slots > 1.9 * wide.largest_slots
     assert planned("90b", "v6e:2x4", small.largest_slots, cache="int8").fits
+
+
+def test_int4_reads_a_quarter() -> None:
+    """Half a byte and a 64th for each weight of 8.9 billion that a device of eight reads; 90B on one H100."""
+    wide, small = planned("90b", "v6e:2x4"), planned("90b", "v6e:2x4", quantize="int4")
+    weights = [made.floor.read - made.self_cache - made.image_cache for made in (wide, small)]
+    assert weights[1] / weights[0] == pytest.approx((1 / 2 + 2 / 128) / 2, rel=2e-3)
+    assert small.floor.compute == pytest.approx(wide.floor.compute, rel=0.01)  # activations are as they were
+    assert planned("90b", "h100:1", 1, quantize="int4").fits
+    with pytest.raises(InputError, match=r"mlp of size 112 does not divide over kv x q = 32; .* int4 splits between"):
+        planned("11b", "v5e:4x8", quantize="int4")
 
 
 def test_text_alone_reads_no_cross_attention() -> None:

@@ -28,7 +28,8 @@ from mllama_jax import Mllama
 from mllama_jax.cli import SHIPPED
 from mllama_jax.generate import slots
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.serve.app import Limits, Service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,9 +18,10 @@ import pytest
 from flax import linen as nn
 
 from mllama_jax.config import PRESETS as MODELS
+from mllama_jax.convert.export import write_hf
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import Unconstrained
-from mllama_jax.model.mllama import MllamaModel, abstract_parameters
+from mllama_jax.model.mllama import MllamaModel, abstract_parameters, init_parameters
 from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
 from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.rules import LOGICAL_AXES, PRESETS, mesh_axes, preset_rules
@@ -69,6 +71,15 @@ def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> N
     """The same logits and tokens as one device whose activations have a scale for each part that a mesh would have."""
     for found in equal(8, "quantized", str(spread_directory)):
         assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
+
+
+def test_int4_equals_one_device(tmp_path: Path) -> None:
+    """Eight devices have a group of the inputs of each output and down kernel, of two layers of text."""
+    sizes = {"heads": 8, "kv_heads": 4, "head_dim": 128, "hidden": 1024}
+    text = dataclasses.replace(SMALL.text, layers=2, cross_layers=(), extra_embeddings=0, **sizes)
+    config = dataclasses.replace(SMALL, text=text, vision=None)
+    write_hf(tmp_path, init_parameters(config, jax.random.key(1)), config, np.dtype("float32"))
+    assert json.loads(run(8, "packed", str(tmp_path)))["error"] <= 1e-5
 
 
 def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllama_jax.config import DTYPES, QUANTIZATIONS
+from mllama_jax.config import CACHES, DTYPES, QUANTIZATIONS
 from mllama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def add_commands(commands: Any) -> None:
         command.add_argument(
             "--dtype", choices=DTYPES, help="bfloat16 (default on accelerators), float32 (default on CPU)"
         )
-        command.add_argument("--quantize", choices=QUANTIZATIONS, help=f"keep {whose} kernels in int8")
-        command.add_argument("--cache", choices=QUANTIZATIONS, help=f"keep {whose} keys and values in int8")
+        command.add_argument("--quantize", choices=QUANTIZATIONS, help=f"what to keep {whose} kernels in")
+        command.add_argument("--cache", choices=CACHES, help=f"keep {whose} keys and values in int8")
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

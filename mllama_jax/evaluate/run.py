@@ -15,7 +15,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.evaluate.data import Row
 from mllama_jax.evaluate.folder import Folder, Record
 from mllama_jax.evaluate.recipe import Recipe
-from mllama_jax.generate.engine import digest_of
+from mllama_jax.generate.requests import digest_of
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama

@@ -9,7 +9,8 @@ from typing import Any
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import Prompt

@@ -8,110 +8,29 @@ again, whoever shows it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from mllama_jax.config import MllamaConfig, VisionConfig
+from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
-from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.batch import bucket, check_rows
-from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
+from mllama_jax.generate.batch import bucket
+from mllama_jax.generate.requests import Picture, Request, settings_of, top_of
+from mllama_jax.generate.sampling import Settings
 from mllama_jax.generate.slots import Caches, Layers
 from mllama_jax.model.mllama import MllamaModel, Params
-from mllama_jax.model.vision import TILES
-from mllama_jax.processing.chat import Prompt, image_spans
-from mllama_jax.processing.image import preprocess
 
 CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
 TOGETHER = 8  # prompts read at once, as long as they are no more tokens than two chunks
 PICTURES = 8  # encoded between two dispatches
 STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
-NEVER = -1e30  # the bias of a token that must not come
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture that is ready for the vision tower: pixels float32 [1, C, 3, P, P], ratio id int32 [1]."""
-
-    digest: bytes
-    pixels: np.ndarray
-    ratio_id: np.ndarray
-
-    @classmethod
-    def of(cls, image: Image.Image, vision: VisionConfig) -> Picture:
-        """Prepare a picture, unless somebody, such as a slot, still holds it prepared."""
-        digest = digest_of(image)
-        if (picture := _held.get((digest, vision))) is None:
-            picture = _held[digest, vision] = cls(digest, *preprocess([image], vision))
-        return picture
-
-    @property
-    def tiles(self) -> int:
-        return TILES[int(self.ratio_id[0])]
-
-
-_held: weakref.WeakValueDictionary[tuple[bytes, VisionConfig], Picture] = weakref.WeakValueDictionary()
-
-
-class Guide(Protocol):
-    """Says what an answer may go on with."""
-
-    def mask(self) -> np.ndarray:
-        """bool [V], the tokens that may come next."""
-        ...
-
-    def take(self, token: int) -> None:
-        """The answer goes on with this one."""
-        ...
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt and its answer as it grows.
-
-    Attributes:
-        marks: the prompt's token ids, the pictures' digests in place of image tokens: equal marks, equal caches.
-        spans: which positions see each picture.
-        guide: what the answer is held to. While one is being decoded a dispatch makes one token.
-    """
-
-    prompt: Prompt
-    answer: Answer
-    marks: list[int | bytes]
-    pictures: list[Picture]
-    spans: list[tuple[int, int]]
-    guide: Guide | None = None
-
-    @classmethod
-    def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer, guide: Guide | None = None) -> Request:
-        """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""
-        check_rows(config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
-        Settings.of([answer.params], [prompt.tokens], config.stops, config.text.vocab)  # refuses what is no token
-        pictures = []
-        for image in prompt.images:
-            assert config.vision is not None
-            pictures.append(Picture.of(image, config.vision))
-        return cls.prepared(config, prompt, answer, pictures, guide)
-
-    @classmethod
-    def prepared(
-        cls, config: MllamaConfig, prompt: Prompt, answer: Answer, pictures: list[Picture], guide: Guide | None
-    ) -> Request:
-        """From pictures that are ready; those of the prompt are not looked at."""
-        digests = iter([picture.digest for picture in pictures])
-        marks = [next(digests) if token == config.image_token else token for token in prompt.tokens]
-        return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token), guide)
 
 
 @dataclasses.dataclass(eq=False)
@@ -370,18 +289,15 @@ class Engine:
             new = self._unread(slot)[:CHUNK]
             tokens[row, : len(new)], starts[row], ends[row] = new, len(slot.marks), len(new) - 1
         self._make_room(positions=int(starts.max()) + length)
-        answers, prompts = [each.answer for each in requests], [each.prompt.tokens for each in requests]
-        settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
-        settings = guided(settings, {row: each.guide for row, each in enumerate(requests) if each.guide})
+        settings, counts = settings_of(self.config, requests)
         spans = np.stack([slot.spans(self._tiles) for slot in padded])
-        rows, made = (
-            np.array(each, np.int32) for each in ([slot.row for slot in padded], [len(a.tokens) for a in answers])
-        )
+        rows = np.array([slot.row for slot in padded], np.int32)
+        made = np.array([len(each.answer.tokens) for each in requests], np.int32)
         caches, self._caches = self._caches, None
         self._caches, following = slots.read(
             *(self.model, self.params, caches, spans, rows, tokens, starts, ends),
-            *(settings, made, counts_of(settings, answers)),
-            top=top_of(answers),
+            *(settings, made, counts),
+            top=top_of(requests),
         )
         return following, size * length
 
@@ -409,17 +325,15 @@ class Engine:
         # Idle rows write at the last position, which nobody ever sees.
         position, done = np.full(n, caches.text[0].length - 1, np.int32), np.ones(n, bool)
         spans = np.zeros((n, self._tiles, 2), np.int32)
-        answers, prompts = [IDLE] * n, [[]] * n
+        requests: list[Request | None] = [None] * n
         for slot, request in rows:
             answer, i = request.answer, slot.row
             token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
             spans[i] = slot.spans(self._tiles)
-            answers[i], prompts[i] = answer, request.prompt.tokens
-        guides = {slot.row: request.guide for slot, request in rows if request.guide}
-        settings = Settings.of([each.params for each in answers], prompts, self.config.stops, self.config.text.vocab)
-        settings = guided(settings, guides)
+            requests[i] = request
+        settings, counts = settings_of(self.config, requests)
         token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
-        state = decode.State((), token, position, made, done, counts_of(settings, answers))
+        state = decode.State((), token, position, made, done, counts)
         return self._dispatch(rows, state, settings, jnp.asarray(spans))
 
     def _may_go_on(self, block: Block) -> bool:
@@ -450,7 +364,7 @@ class Engine:
             caches.cross(spans, slots.tile_tokens(self.model)),
             settings,
             steps=1 if held else HURRY if self._hurried else STEPS,
-            top=top_of([request.answer for _, request in rows]),
+            top=top_of([request for _, request in rows]),
         )
         self._caches = dataclasses.replace(caches, text=state.cache)
         return Block(rows, dataclasses.replace(state, cache=()), settings, spans, made, columns)
@@ -512,41 +426,6 @@ class Engine:
         if self._caches is None or not self._caches.tiles:
             return 0
         return self._caches.tiles[0].length // self._tile
-
-
-IDLE = Answer(SamplingParams(), (), None)
-
-
-def guided(settings: Settings, guides: Mapping[int, Guide]) -> Settings:
-    """Settings in which rows may only go on as their guides let them."""
-    if not guides:
-        return settings
-    masks = {row: guide.mask() for row, guide in guides.items()}
-    shape = (len(settings.seed), *next(iter(masks.values())).shape)
-    bias = np.zeros(shape, np.float32) if settings.bias is None else np.array(settings.bias)
-    for row, mask in masks.items():
-        bias[row, ~mask] = NEVER
-    return dataclasses.replace(settings, bias=jnp.asarray(bias))
-
-
-def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None:
-    """int32 [B, V], how often each token is in an answer; None where no row has a penalty."""
-    if settings.in_prompt is None:
-        return None
-    counts = np.zeros(settings.in_prompt.shape, np.int32)
-    for row, answer in zip(counts, answers, strict=True):
-        np.add.at(row, answer.tokens, 1)
-    return jnp.asarray(counts)
-
-
-def top_of(answers: Sequence[Answer]) -> int:
-    """How many of the likeliest tokens to report: none, or as many as anyone may ask for, so that two programs do."""
-    return LOGPROBS_AT_MOST if any(answer.params.logprobs for answer in answers) else 0
-
-
-def digest_of(image: Image.Image) -> bytes:
-    """Equal for pictures of equal pixels and size."""
-    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
 
 
 def common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:

@@ -11,13 +11,13 @@ from mllama_jax.config import TextConfig
 from mllama_jax.model.adapter import CrossAttentionLayer
 from mllama_jax.model.attention import UpTo, attention
 from mllama_jax.model.cache import CrossCache, KVCache
+from mllama_jax.model.einsum import einsum
 from mllama_jax.model.layers import (
     Constrain,
     Linear,
     Remat,
     RMSNorm,
     SwiGLU,
-    einsum,
     keep_all,
     parameter,
     rotary_frequencies,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mllama_jax.config import RopeScaling
+from mllama_jax.model.einsum import einsum
 from mllama_jax.model.quantize import product
 
 Axes = tuple[str | None, ...]
@@ -77,12 +78,6 @@ REMAT: dict[str, Remat] = {
 }
 
 
-def einsum(equation: str, *operands: jax.Array) -> jax.Array:
-    """An einsum in the operands' dtype; a float32 one in true float32, which no accelerator does by default."""
-    exact = operands[0].dtype == jnp.float32
-    return jnp.einsum(equation, *operands, precision="highest" if exact else "default")
-
-
 def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`einsum(equation, x, b a)` for a [rank, in] and b [out..., rank], one such pair for each part of a fused kernel.
 
@@ -103,7 +98,7 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
 class Linear(nn.Module):
     """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`.
 
-    An int8 kernel has a `scale` [out...] beside it, see `quantize`; an adapted one has `lora_a` and `lora_b`, see
+    A quantised kernel has a `scale` beside it, see `quantize`; an adapted one has `lora_a` and `lora_b`, see
     `low_rank`; `parts` is in how many a mesh splits `in`.
     """
 
@@ -115,13 +110,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(self.shape[-1] ** -0.5)
-        kernel = parameter(self, "kernel", init, self.shape, self.axes)
         if self.has_variable("params", "scale"):
-            scale = parameter(self, "scale", nn.initializers.ones, self.shape[:-1], self.axes[:-1])
+            kernel, scale = (self.get_variable("params", name) for name in ("kernel", "scale"))
             y = product(self.equation, x, kernel, scale, self.parts)
         else:
-            y = einsum(self.equation, x, kernel.astype(x.dtype))
+            init = nn.initializers.normal(self.shape[-1] ** -0.5)
+            y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
         if self.has_variable("params", "lora_a"):
             y += low_rank(self.equation, x, *(self.get_variable("params", name) for name in ("lora_a", "lora_b")))
         if self.bias:

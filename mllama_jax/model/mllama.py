@@ -14,7 +14,7 @@ from mllama_jax.model.adapter import Projector
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.decoder import Decoder
 from mllama_jax.model.layers import Constrain, Remat, keep_all, unconstrained
-from mllama_jax.model.quantize import Int8, quantize_parameters
+from mllama_jax.model.quantize import QUANTIZERS, Int8, Quantizer, quantize_parameters
 from mllama_jax.model.vision import VisionEncoder
 
 Params = dict[str, Any]
@@ -103,7 +103,7 @@ def abstract_parameters(
 ) -> Params:
     """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; nothing is allocated."""
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _traced(config))
-    return quantize_parameters(tree, _abstract_int8) if quantize else tree
+    return quantize_parameters(tree, functools.partial(_abstract_pair, QUANTIZERS[quantize])) if quantize else tree
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,7 +111,8 @@ def _traced(config: MllamaConfig) -> Params:
     return jax.eval_shape(lambda: MllamaModel(config).init(jax.random.key(0), method="touch"))["params"]
 
 
-def _abstract_int8(kernel: nn.LogicallyPartitioned) -> tuple[nn.LogicallyPartitioned, nn.LogicallyPartitioned]:
-    shape, names = kernel.value.shape, kernel.names
-    values, scale = jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
-    return kernel.replace(value=values), kernel.replace(value=scale, names=names[:-1])
+def _abstract_pair(
+    quantizer: Quantizer, kernel: nn.LogicallyPartitioned
+) -> tuple[nn.LogicallyPartitioned, nn.LogicallyPartitioned]:
+    values, scale = jax.eval_shape(quantizer, kernel.value)
+    return kernel.replace(value=values), kernel.replace(value=scale, names=kernel.names[: scale.ndim])

@@ -1,20 +1,27 @@
-"""int8: vectors with a scale each.
+"""Numbers in eight and in four bits, with their scales beside them.
 
-Weights are kernels `[out..., in]` with one scale for each output, and activations are quantised token by token; caches
-have a scale for each position and key/value head.
+The decoder's kernels `[out..., in]` are in int8 with one scale for each output, and activations then quantised token by
+token; or in int4, two to a byte, with one scale for each group of inputs, and activations as they are. Caches are in
+int8 with a scale for each position and key/value head.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import struct
+
+from mllama_jax.errors import InputError
+from mllama_jax.model.einsum import einsum
+
+# ---- int8 ---------------------------------------------------------------------------------------------------------
 
 
 @struct.dataclass
@@ -32,7 +39,7 @@ class Int8:
     @classmethod
     def of(cls, x: jax.Array) -> Int8:
         """x [..., D], rounded."""
-        return cls(*quantize(x))
+        return cls(*to_int8(x))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,20 +50,114 @@ class Int8:
         return (self.values * self.scale[..., None]).astype(dtype)
 
 
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [..., D] as int8 [..., D] and its scales float32 [...]: `x = values * scale`, the largest of each at 127."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int = 1) -> jax.Array:
-    """`einsum(equation, x, kernel * scale)` over the last axis of x [..., in] and of the int8 kernel [out..., in].
+def int8_product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int) -> jax.Array:
+    """`einsum(equation, x, kernel * scale)` of activations x [..., in] that are quantised here.
 
-    Activations are quantised here, one scale for a token and each of `parts` equal pieces of `in`; a piece's sums are
-    int32, those of all pieces are added in x's dtype. On a mesh that splits `in` so, no scale has to cross it. The
-    gradient of x is that of the product with the whole activations, as if rounding were smooth; kernel and scale have
-    none.
+    They have one scale for a token and each of `parts` equal pieces of `in`; a piece's sums are int32, those of all
+    pieces are added in x's dtype. On a mesh that splits `in` so, no scale has to cross it.
+    """
+    values, own = to_int8(rearrange(x, "... (z i) -> ... z i", z=parts))
+    kernel = rearrange(kernel, "... (z i) -> ... z i", z=parts)
+    tokens, weights, out = re.split(",|->", equation)
+    apart = f"{tokens[:-1]}z{tokens[-1]},{weights[:-1]}z{weights[-1]}->z{out}"
+    y = jnp.einsum(apart, values, kernel, preferred_element_type=jnp.int32)
+    own = jnp.moveaxis(own, -1, 0)
+    return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype).sum(axis=0)
+
+
+# ---- int4 ---------------------------------------------------------------------------------------------------------
+
+GROUP = 128  # inputs that share a scale, at most
+# Scales that are tried, as shares of the one that clips nothing: normal numbers have 0.88 of the squared error that the
+# first alone leaves, and 0.68 of that of rounding to -7 ... 7.
+SHARES = np.linspace(1, 0.7, 8, dtype=np.float32)
+
+
+def group_size(inputs: int) -> int:
+    """How many inputs share a scale: 128, or where that does not divide them, the largest even number that does."""
+    size = max((size for size in range(2, GROUP + 1, 2) if inputs % size == 0), default=None)
+    if size is None:
+        raise InputError(f"int4: {inputs} inputs of a linear map cannot be packed two to a byte; take int8")
+    return size
+
+
+def to_int4(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] as packed integers uint8 [..., D / 2] and scales bfloat16 [..., D / g], one for each group of g.
+
+    An integer lies between -8 and 7, and 8 is added to it. Byte j of a group holds number j in its low half and number
+    j + g / 2 in its high half. The number of largest magnitude in a group lies at -8, so that its scale has the
+    opposite sign (as in llama.cpp's Q4_0), or is clipped there: the least squares of `SHARES` are taken.
+    """
+    x = rearrange(x, "... (z g) -> ... z g", g=group_size(x.shape[-1]))
+    low, high = (extreme(x, axis=-1).astype(jnp.float32) for extreme in (jnp.min, jnp.max))
+    widest = jnp.where(high > -low, high, low) / -8
+
+    def scaled(share: jax.Array) -> jax.Array:
+        return jnp.where(widest == 0, 1, share * widest).astype(jnp.bfloat16)
+
+    def error(share: jax.Array) -> jax.Array:
+        scale = scaled(share)
+        return jnp.square(_integers(x, scale) * scale[..., None] - x).sum(axis=-1)
+
+    shares = jnp.asarray(SHARES)
+    scale = scaled(shares[jax.lax.map(error, shares).argmin(axis=0)])
+    low, high = jnp.split((_integers(x, scale) + 8).astype(jnp.uint8), 2, axis=-1)
+    return rearrange(low | high << 4, "... z h -> ... (z h)"), scale
+
+
+def _integers(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., z, g] by scales [..., z]: whole numbers in float32."""
+    return jnp.clip(jnp.round(x / scale[..., None].astype(jnp.float32)), -8, 7)
+
+
+def from_int4(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What `to_int4` was given, rounded: uint8 [..., D / 2] and scales [..., D / g] -> [..., D] in this dtype."""
+    return rearrange(_halves(packed, scale, dtype), "p ... (z h) -> ... (z p h)", z=scale.shape[-1])
+
+
+def _halves(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """The numbers in the low halves of bytes, [..., D / 2], and those in the high ones."""
+    scale = jnp.repeat(scale.astype(dtype), packed.shape[-1] // scale.shape[-1], axis=-1)
+    return [((packed >> shift & 15).astype(dtype) - 8) * scale for shift in (0, 4)]
+
+
+def int4_product(equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
+    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype.
+
+    It is the sum of the products with both halves of the bytes: so the TPU's compiler unpacks most kernels as it reads
+    them.
+    """
+    # Else XLA widens all kernels before a loop of decode steps, and holds them.
+    x, packed, scale = jax.lax.optimization_barrier((x, packed, scale))
+    parts = rearrange(x, "... (z p h) -> p ... (z h)", z=scale.shape[-1], p=2)
+    low, high = _halves(packed, scale, x.dtype)
+    return einsum(equation, parts[0], low) + einsum(equation, parts[1], high)
+
+
+# ---- Kernels ------------------------------------------------------------------------------------------------------
+
+Quantizer = Callable[..., tuple[jax.Array, jax.Array]]
+QUANTIZERS: dict[str, Quantizer] = {"int8": jax.jit(to_int8), "int4": jax.jit(to_int4)}
+_STORED = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
+
+
+def widen(kernel: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A quantised kernel [out..., in] in this dtype."""
+    return Int8(kernel, scale).widen(dtype) if kernel.dtype == jnp.int8 else from_int4(kernel, scale, dtype)
+
+
+def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int = 1) -> jax.Array:
+    """`einsum(equation, x, kernel)` over the last axis of x [..., in] and of a quantised kernel [out..., in].
+
+    On a mesh `in` is split in `parts`. The gradient of x is that of the product with the whole activations, as if
+    rounding were smooth; kernel and scale have none.
     """
     y: Any = _product(equation, parts, x, kernel, scale)
     return y
@@ -64,13 +165,9 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, pa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(equation: str, parts: int, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    values, own = quantize(rearrange(x, "... (z i) -> ... z i", z=parts))
-    kernel = rearrange(kernel, "... (z i) -> ... z i", z=parts)
-    tokens, weights, out = re.split(",|->", equation)
-    apart = f"{tokens[:-1]}z{tokens[-1]},{weights[:-1]}z{weights[-1]}->z{out}"
-    y = jnp.einsum(apart, values, kernel, preferred_element_type=jnp.int32)
-    own = jnp.moveaxis(own, -1, 0)
-    return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype).sum(axis=0)
+    if kernel.dtype == jnp.int8:
+        return int8_product(equation, x, kernel, scale, parts)
+    return int4_product(equation, x, kernel, scale)
 
 
 def _forward(equation: str, parts: int, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
@@ -82,21 +179,30 @@ def _backward(
 ) -> tuple[jax.Array, None, None]:
     kernel, scale = saved
     inputs, weights, outputs = re.split(",|->", equation)
-    whole = (kernel * scale[..., None]).astype(y.dtype)
-    precision = "highest" if y.dtype == jnp.float32 else "default"
-    return jnp.einsum(f"{outputs},{weights}->{inputs}", y, whole, precision=precision), None, None
+    return einsum(f"{outputs},{weights}->{inputs}", y, widen(kernel, scale, y.dtype)), None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
 def is_quantized(path: tuple[str, ...]) -> bool:
-    """Whether int8 is what `quantize_parameters` stores a parameter in: the kernels of the decoder and of its head."""
+    """Whether a parameter is one that `quantize_parameters` changes: a kernel of the decoder or of its head."""
     return path[0] == "text" and path[-1] == "kernel"
 
 
-def quantize_parameters(params: dict[str, Any], quantizer: Callable = quantize) -> dict[str, Any]:
-    """A tree of parameters with int8 kernels in the decoder, each with its `scale` beside; the rest as it is."""
+def quantization(dtypes: Iterable[Any]) -> str | None:
+    """What the decoder's kernels are quantised to in a model whose parameters have these dtypes."""
+    found = set(dtypes)
+    return next((name for name, dtype in _STORED.items() if dtype in found), None)
+
+
+def count(leaf: Any) -> int:
+    """How many numbers a parameter holds: in int4 two to a byte."""
+    return leaf.size * (2 if leaf.dtype == _STORED["int4"] else 1)
+
+
+def quantize_parameters(params: dict[str, Any], quantizer: Callable) -> dict[str, Any]:
+    """A tree of parameters with quantised kernels in the decoder, each with its `scale` beside; the rest as it is."""
 
     def walk(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         made: dict[str, Any] = {}

@@ -22,8 +22,9 @@ from starlette.routing import Route
 
 from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
-from mllama_jax.generate import engine
+from mllama_jax.generate import requests
 from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.engine import Engine
 from mllama_jax.processes import versions
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
@@ -86,7 +87,7 @@ class Service:
         self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
         self.replies = Replies(name, model.tokenizer)
         self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
-        self.worker = Worker(engine.Engine(model.model, model.params, slots=slots, context=context), turns)
+        self.worker = Worker(Engine(model.model, model.params, slots=slots, context=context), turns)
         self.guard = None if guard is None else Guard(guard, slots=slots, turns=turns, aside=self._aside)
         self.metrics = Metrics(self.worker)
         self.ready = False
@@ -266,7 +267,7 @@ class Service:
             for params in protocol.sampling(asked, room, config.stops).each():
                 answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
                 guide = None if asked.schema is None else self.guide(asked.schema)
-                made.append(Job(engine.Request.of(config, prompt, answer, guide), asked_prompt, began))
+                made.append(Job(requests.Request.of(config, prompt, answer, guide), asked_prompt, began))
         return made
 
     async def _judge(self, prompt: Any, answer: str | None = None) -> Verdict:

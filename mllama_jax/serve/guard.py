@@ -10,7 +10,8 @@ from typing import Any
 from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import ANSWER, Verdict, guard_prompts, joined, read_verdict

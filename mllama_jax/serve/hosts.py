@@ -30,7 +30,8 @@ from safetensors.numpy import load, save
 
 from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import Engine, Guide, Picture, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processes import LOST, coordinator_host, leave, place, store
 from mllama_jax.processing.chat import Prompt

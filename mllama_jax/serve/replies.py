@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mllama_jax.errors import InputError
-from mllama_jax.generate import engine
 from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.requests import Request
 from mllama_jax.look import Look
 from mllama_jax.processing.guard import SAFE, Verdict
 from mllama_jax.processing.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class Job:
         verdict: what a guard says of the answer, once it is whole.
     """
 
-    request: engine.Request
+    request: Request
     prompt: Any
     began: float
     verdict: Verdict = SAFE

@@ -50,11 +50,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {args.rounds}")
+    from mllama_jax.config import PRESETS
     from mllama_jax.planner import config_of
 
     config = config_of(args.model)
     if config.vision is None:
         raise InputError(f"{args.model}: expected a model that sees, got one of text only; choose another")
+    if args.versus and config != PRESETS["11b-instruct"]:
+        raise InputError(f"--versus transformers: expected the shapes of 11b-instruct, got {args.model}; leave it out")
     told = Told(quiet=args.json)
     if args.versus:  # first: JAX keeps the memory that it once had
         seconds = bench.ask_peer("batch", "--rows", ROWS, "--prompt", PROMPT, "--new", NEW)[str(ROWS)] / 1e3
@@ -126,8 +129,10 @@ def measure(service: Service, port: int, rounds: int, told: Told) -> None:
     for kind, pictures in kinds.items():
         found: dict[str, list[Round]] = {"engine": [], "HTTP": []}
         for _ in range(rounds + 1):
-            found["engine"].append(asyncio.run(together([in_process(service, q) for q in draw.round(pictures)])))
-            found["HTTP"].append(asyncio.run(together([over_http(port, q) for q in draw.round(pictures)])))
+            questions = draw.round(pictures)
+            found["engine"].append(asyncio.run(together([in_process(service, question) for question in questions])))
+            bodies = [request_body(question) for question in draw.round(pictures)]
+            found["HTTP"].append(asyncio.run(together([over_http(port, body) for body in bodies])))
         for way, all_rounds in found.items():
             requests = ROWS / statistics.median(each.seconds for each in all_rounds[1:])
             tokens = statistics.median(each.decoding for each in all_rounds[1:]) if way == "engine" else None
@@ -194,15 +199,19 @@ async def in_process(service: Service, question: Question) -> Answered:
     return Answered(text, pieces[-1][1], pieces)
 
 
-async def over_http(port: int, question: Question) -> Answered:
-    """Ask the server, which tells its answer as it grows."""
+def request_body(question: Question) -> bytes:
+    """For an answer that the server tells as it grows."""
     content = [
         {"type": "image_url", "image_url": {"url": data_url(question.picture, "jpeg")}},
         {"type": "text", "text": question.text},
     ]
     asked = {"messages": [{"role": "user", "content": content}], "max_tokens": NEW, "temperature": 0}
     asked |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-    told = (await post(port, json.dumps(asked).encode())).split(b"\n\n")
+    return json.dumps(asked).encode()
+
+
+async def over_http(port: int, body: bytes) -> Answered:
+    told = (await post(port, body)).split(b"\n\n")
     *events, usage = [json.loads(line.removeprefix(b"data: ")) for line in told if line.startswith(b"data: {")]
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
     return Answered(text, usage["usage"]["completion_tokens"])

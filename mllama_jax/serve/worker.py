@@ -12,7 +12,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 from jax.errors import JaxRuntimeError
 
-from mllama_jax.generate.engine import Engine, Request
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Request
 from mllama_jax.processes import leaving
 from mllama_jax.serve.hosts import Leader, Order, obey
 

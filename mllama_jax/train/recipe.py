@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import optax
 
+from mllama_jax.config import QUANTIZATIONS
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import REMAT
 from mllama_jax.sharding.rules import PRESETS
@@ -23,7 +24,7 @@ ONE_OF = {
     "loss": ("supervised", "preference"),
     "too_long": typing.get_args(TooLong),
     "dtype": ("bfloat16", "float32"),
-    "quantize": (None, "int8"),
+    "quantize": (None, *QUANTIZATIONS),
     "remat": tuple(REMAT),
     "preset": (None, *PRESETS),
 }
@@ -44,7 +45,7 @@ class Recipe:
         learning_rate: its peak, after a linear `warmup` (a part of the steps), before a cosine down to nothing.
         weight_decay, clip: AdamW's decay, of matrices only, and the most that the gradient's norm may be.
         dtype: of the computation and of frozen parameters; what is trained is float32.
-        quantize: `int8` keeps the decoder's frozen kernels in int8; for `lora`.
+        quantize: `int8` or `int4`, what the decoder's frozen kernels are kept in; for `lora`.
         remat: what the backward pass does again of each `layer`: all, all but its products (`dots`), or `nothing`.
         preset: how a mesh of all devices is used: `fsdp`, `fsdp+tensor` ...; one device by default.
         save_every, keep: checkpoints; the last and the best `keep` stay.
@@ -84,7 +85,9 @@ class Recipe:
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup: expected a part of the steps, from 0 to below 1, got {self.warmup}")
         if self.quantize and self.part != "lora":
-            raise InputError(f"quantize: int8 kernels cannot be trained; expected part 'lora', got {self.part!r}")
+            raise InputError(
+                f"quantize: {self.quantize} kernels cannot be trained; expected part 'lora', got {self.part!r}"
+            )
 
     @property
     def rows(self) -> int:

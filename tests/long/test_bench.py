@@ -8,6 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mllama_jax.bench_model import Bench
+from mllama_jax.model.quantize import widen
+from tests.conftest import SMALL
+
 
 def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Path) -> None:
     small = ["--rows", "2", "--images", "1", "--context", "40", "--prompt", "16", "--repeat", "2"]
@@ -23,3 +31,14 @@ def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Pa
     assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in told["figures"])
     assert 0 < told["spread_errors"]["int8 2"] < 0.05
     assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+def test_int4_reads_less_and_computes_the_same() -> None:
+    """Random packed weights are of about the size that those in bfloat16 have."""
+    wide, packed = (Bench.of(SMALL, dtype) for dtype in ("bfloat16", "int4"))
+    floors = [bench.decode(1, 64, True)[1] for bench in (wide, packed)]
+    assert floors[1].weight_flops == pytest.approx(floors[0].weight_flops, rel=0.02)
+    assert floors[1].read < 0.6 * floors[0].read
+    down = packed.params["text"]["layers_0"]["mlp"]["down"]
+    assert 0.5 < float(widen(down["kernel"], down["scale"], jnp.dtype("float32")).std()) * 96**0.5 < 2
+    assert np.isfinite(packed.logits()).all()

@@ -42,7 +42,8 @@ def test_answers_over_http_are_the_engines(small: Mllama, monkeypatch: pytest.Mo
     with throughput.listening(service) as port:
         asked = [throughput.in_process(service, question) for question in questions]
         within = asyncio.run(throughput.together(asked))
-        outside = asyncio.run(throughput.together([throughput.over_http(port, question) for question in questions]))
+        bodies = [throughput.request_body(question) for question in questions]
+        outside = asyncio.run(throughput.together([throughput.over_http(port, body) for body in bodies]))
     assert [answer.text for answer in outside.answers] == [answer.text for answer in within.answers]
     assert len({answer.text for answer in within.answers}) == 3
     for answer, question in zip(within.answers, questions, strict=True):

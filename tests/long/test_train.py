@@ -16,7 +16,7 @@ from mllama_jax.convert.apply import insert, paths
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import REMAT
 from mllama_jax.model.mllama import MllamaModel, Params, call
-from mllama_jax.model.quantize import product, quantize, quantize_parameters
+from mllama_jax.model.quantize import QUANTIZERS, product, quantize_parameters, widen
 from mllama_jax.train import loss as losses
 from mllama_jax.train.batch import IGNORED, Batch, Row, Shape, make_batch, stacked
 from mllama_jax.train.loss import preference, supervised
@@ -196,8 +196,9 @@ def test_preferences_are_those_of_the_paper(tiny_params: Params) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient, wanted)
 
 
-def test_lora_learns_over_int8_kernels(tiny_params: Params) -> None:
-    frozen = quantize_parameters(jax.tree.map(jnp.asarray, tiny_params))
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_lora_learns_over_quantised_kernels(quantize: str, tiny_params: Params) -> None:
+    frozen = quantize_parameters(jax.tree.map(jnp.asarray, tiny_params), QUANTIZERS[quantize])
     trained, optimizer = init_lora(TINY, LORA, jax.random.key(0)), optax.adam(1e-2)
     step, state, values = (
         train_step(functools.partial(part_loss, MODEL), optimizer),
@@ -212,12 +213,13 @@ def test_lora_learns_over_int8_kernels(tiny_params: Params) -> None:
     jax.tree.map(np.testing.assert_array_equal, frozen, kept)
 
 
-def test_the_gradient_through_int8_is_that_of_its_kernel() -> None:
-    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (2, 5, 64)), (2, (2, 12, 64))))
-    values, scale = quantize(kernel)
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_the_gradient_through_a_quantised_kernel_is_that_of_its_numbers(quantize: str) -> None:
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (2, 5, 256)), (2, (2, 12, 256))))
+    values, scale = QUANTIZERS[quantize](kernel)
     weights = jax.random.normal(jax.random.key(3), (2, 5, 2, 12))
     ours = jax.grad(lambda x: jnp.sum(product("btd,cfd->btcf", x, values, scale) * weights))(x)
-    wanted = jnp.einsum("btcf,cfd->btd", weights, values * scale[..., None], precision="highest")
+    wanted = jnp.einsum("btcf,cfd->btd", weights, widen(values, scale, jnp.dtype("float32")), precision="highest")
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 

@@ -1,0 +1,143 @@
+"""Requests to the engine: prompts whose pictures are prepared, and answers that grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from mllama_jax.config import MllamaConfig, VisionConfig
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import check_rows
+from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
+from mllama_jax.model.vision import TILES
+from mllama_jax.processing.chat import Prompt, image_spans
+from mllama_jax.processing.image import preprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that is ready for the vision tower: pixels float32 [1, C, 3, P, P], ratio id int32 [1]."""
+
+    digest: bytes
+    pixels: np.ndarray
+    ratio_id: np.ndarray
+
+    @classmethod
+    def of(cls, image: Image.Image, vision: VisionConfig) -> Picture:
+        """Prepare a picture, unless somebody, such as a slot, still holds it prepared."""
+        digest = digest_of(image)
+        if (picture := _held.get((digest, vision))) is None:
+            picture = _held[digest, vision] = cls(digest, *preprocess([image], vision))
+        return picture
+
+    @property
+    def tiles(self) -> int:
+        return TILES[int(self.ratio_id[0])]
+
+
+_held: weakref.WeakValueDictionary[tuple[bytes, VisionConfig], Picture] = weakref.WeakValueDictionary()
+
+
+class Guide(Protocol):
+    """Says what an answer may go on with."""
+
+    def mask(self) -> np.ndarray:
+        """bool [V], the tokens that may come next."""
+        ...
+
+    def take(self, token: int) -> None:
+        """The answer goes on with this one."""
+        ...
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt and its answer as it grows.
+
+    Attributes:
+        marks: the prompt's token ids, the pictures' digests in place of image tokens: equal marks, equal caches.
+        spans: which positions see each picture.
+        guide: what the answer is held to. While one is being decoded a dispatch makes one token.
+    """
+
+    prompt: Prompt
+    answer: Answer
+    marks: list[int | bytes]
+    pictures: list[Picture]
+    spans: list[tuple[int, int]]
+    guide: Guide | None = None
+
+    @classmethod
+    def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer, guide: Guide | None = None) -> Request:
+        """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""
+        check_rows(config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
+        Settings.of([answer.params], [prompt.tokens], config.stops, config.text.vocab)  # refuses what is no token
+        pictures = []
+        for image in prompt.images:
+            assert config.vision is not None
+            pictures.append(Picture.of(image, config.vision))
+        return cls.prepared(config, prompt, answer, pictures, guide)
+
+    @classmethod
+    def prepared(
+        cls, config: MllamaConfig, prompt: Prompt, answer: Answer, pictures: list[Picture], guide: Guide | None
+    ) -> Request:
+        """From pictures that are ready; those of the prompt are not looked at."""
+        digests = iter([picture.digest for picture in pictures])
+        marks = [next(digests) if token == config.image_token else token for token in prompt.tokens]
+        return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token), guide)
+
+
+def digest_of(image: Image.Image) -> bytes:
+    """Equal for pictures of equal pixels and size."""
+    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+
+
+# ---- In arrays ----------------------------------------------------------------------------------------------------
+
+NEVER = -1e30  # the bias of a token that must not come
+IDLE = Answer(SamplingParams(), (), None)
+
+
+def settings_of(config: MllamaConfig, requests: Sequence[Request | None]) -> tuple[Settings, jax.Array | None]:
+    """The settings of rows, of which some are idle, and `counts_of` these."""
+    answers = [IDLE if each is None else each.answer for each in requests]
+    prompts = [[] if each is None else each.prompt.tokens for each in requests]
+    settings = Settings.of([each.params for each in answers], prompts, config.stops, config.text.vocab)
+    settings = guided(settings, {row: each.guide for row, each in enumerate(requests) if each and each.guide})
+    return settings, counts_of(settings, answers)
+
+
+def guided(settings: Settings, guides: Mapping[int, Guide]) -> Settings:
+    """Settings in which rows may only go on as their guides let them."""
+    if not guides:
+        return settings
+    masks = {row: guide.mask() for row, guide in guides.items()}
+    shape = (len(settings.seed), *next(iter(masks.values())).shape)
+    bias = np.zeros(shape, np.float32) if settings.bias is None else np.array(settings.bias)
+    for row, mask in masks.items():
+        bias[row, ~mask] = NEVER
+    return dataclasses.replace(settings, bias=jnp.asarray(bias))
+
+
+def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None:
+    """int32 [B, V], how often each token is in an answer; None where no row has a penalty."""
+    if settings.in_prompt is None:
+        return None
+    counts = np.zeros(settings.in_prompt.shape, np.int32)
+    for row, answer in zip(counts, answers, strict=True):
+        np.add.at(row, answer.tokens, 1)
+    return jnp.asarray(counts)
+
+
+def top_of(requests: Sequence[Request]) -> int:
+    """How many of the likeliest tokens to report: none, or as many as anyone may ask for, so that two programs do."""
+    return LOGPROBS_AT_MOST if any(request.answer.params.logprobs for request in requests) else 0
