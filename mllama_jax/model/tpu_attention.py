@@ -121,7 +121,7 @@ def cached(
         return b, 0, jnp.minimum(j, last(b, i, start, used))
 
     own, seen = pl.BlockSpec((None, None, rows, H), of_queries), pl.BlockSpec((None, None, keys, H), of_keys)
-    more = [] if spans is None else [jnp.clip(spans, 0, 2**20)]
+    more = [] if spans is None else [jnp.clip(spans, 0, 2**20)]  # the kernel multiplies them by G
     y = pl.pallas_call(
         functools.partial(_cached, last=last, group=G, scale=scale, length=S),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
