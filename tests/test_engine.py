@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -317,24 +318,26 @@ def test_many_pictures_let_the_others_go_on(
 
 @pytest.mark.usefixtures("brisk")
 def test_the_next_block_is_under_way_when_one_comes(tiny: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not where someone could be read first."""
+    """On a GPU its dispatch lasts as long as itself, so nobody waits for that; but not where someone could be read."""
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
     serve_once(served, first := ask(tiny, [512, 1], new=40))  # read
-    happened, run, fetch = [], decode.decode, decode.on_host
+    happened, came, run, fetch = [], threading.Semaphore(1), decode.decode, decode.on_host
 
     def running(*args: Any, steps: int, **options: Any) -> Any:
+        assert came.acquire(timeout=60)  # but for the first, not before the block that it goes on from
         happened.append(steps)
         return run(*args, steps=steps, **options)
 
     def fetching(tree: Any) -> Any:
         happened.append("fetched")
+        came.release()
         return fetch(tree)
 
     monkeypatch.setattr(decode, "decode", running)
     monkeypatch.setattr(decode, "on_host", fetching)
     serve_once(served)
     serve_once(served)
-    assert happened == [engine.STEPS, engine.STEPS, "fetched", engine.STEPS, "fetched"]
+    assert happened == [engine.STEPS, "fetched", engine.STEPS, "fetched", engine.STEPS]
     assert len(first.answer.tokens) == 1 + 2 * engine.STEPS
     happened.clear()
     serve_once(served, ask(tiny, [512, 2]))

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -107,6 +108,7 @@ class Engine:
         self._clock = 0
         self._has_read = False  # rather than decoded, in the last step
         self._under_way: Block | None = None
+        self._dispatcher = ThreadPoolExecutor(1, "dispatch")
 
     @property
     def config(self) -> MllamaConfig:
@@ -301,17 +303,22 @@ class Engine:
         )
         return following, size * length
 
-    def _decode(self) -> list[tuple[Request, str]]:
+    def _decode(self) -> Iterator[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read; when it comes the next is under way."""
         block, self._under_way = self._under_way or self._begin(), None
         if block is None:
-            return []
+            return
         following = self._go_on(block) if self._may_go_on(block) else None
-        made, columns = decode.on_host(block.made), int(block.columns)
-        rows = [(slot, request) for slot, request in block.rows if slot.request is request]  # but who was cancelled
-        texts = [self._push(slot, made, slot.row, columns) for slot, _ in rows]
-        self._under_way = following  # not before: what follows a block that was lost is lost too
-        return [(request, text) for (_, request), text in zip(rows, texts, strict=True)]
+        known = False
+        try:
+            made, columns = decode.on_host(block.made), int(block.columns)
+            rows = [(slot, request) for slot, request in block.rows if slot.request is request]  # but who was cancelled
+            texts = [self._push(slot, made, slot.row, columns) for slot, _ in rows]
+            known = True
+            yield from ((request, text) for (_, request), text in zip(rows, texts, strict=True))
+        finally:
+            after = following.result() if following is not None else None
+            self._under_way = after if known else None  # what follows a block that was lost is lost too
 
     def _begin(self) -> Block | None:
         """Decode from where the answers are; None where there are none."""
@@ -334,7 +341,7 @@ class Engine:
         settings, counts = settings_of(self.config, requests)
         token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
         state = decode.State((), token, position, made, done, counts)
-        return self._dispatch(rows, state, settings, jnp.asarray(spans))
+        return self._dispatch(rows, state, settings, jnp.asarray(spans)).result()
 
     def _may_go_on(self, block: Block) -> bool:
         """Whether the next block can begin before this one is known, and keeps nobody waiting."""
@@ -346,28 +353,37 @@ class Engine:
             request.answer.params.max_new_tokens > len(request.answer.tokens) + STEPS for _, request in block.rows
         )
 
-    def _go_on(self, block: Block) -> Block:
+    def _go_on(self, block: Block) -> Future[Block]:
         """Decode from where a block ends, on the device."""
         self._make_room(positions=max(len(slot.marks) for slot, _ in block.rows) + 2 * STEPS + 1)
         return self._dispatch(block.rows, block.state, block.settings, block.spans)
 
     def _dispatch(
         self, rows: list[tuple[Slot, Request]], state: decode.State, settings: Settings, spans: jax.Array
-    ) -> Block:
+    ) -> Future[Block]:
+        """Decode in the thread for that: a GPU asks its host before each step whether there is another, so that a
+        dispatch lasts as long as the block. Nobody else touches the caches until it is done."""
         caches, self._caches = self._caches, None
         assert caches is not None
-        held = any(request.guide for _, request in rows)
-        state, made, columns = decode.decode(
-            self.model,
-            self.params,
-            dataclasses.replace(state, cache=caches.text),
-            caches.cross(spans, slots.tile_tokens(self.model)),
-            settings,
-            steps=1 if held else HURRY if self._hurried else STEPS,
-            top=top_of([request for _, request in rows]),
-        )
-        self._caches = dataclasses.replace(caches, text=state.cache)
-        return Block(rows, dataclasses.replace(state, cache=()), settings, spans, made, columns)
+        steps = HURRY if self._hurried else STEPS
+        if any(request.guide for _, request in rows):
+            steps = 1
+        top = top_of([request for _, request in rows])
+
+        def run() -> Block:
+            after, made, columns = decode.decode(
+                self.model,
+                self.params,
+                dataclasses.replace(state, cache=caches.text),
+                caches.cross(spans, slots.tile_tokens(self.model)),
+                settings,
+                steps=steps,
+                top=top,
+            )
+            self._caches = dataclasses.replace(caches, text=after.cache)
+            return Block(rows, dataclasses.replace(after, cache=()), settings, spans, made, columns)
+
+        return self._dispatcher.submit(run)
 
     @property
     def _hurried(self) -> bool:
