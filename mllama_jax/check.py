@@ -22,7 +22,7 @@ from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.demo import ask, questions
 from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
-from mllama_jax.model.attention import attention, attention_weights
+from mllama_jax.model.attention import InSpan, UpTo, attention, attention_weights
 from mllama_jax.model.quantize import Int8
 from mllama_jax.processes import versions
 from mllama_jax.sharding.fit_table import shallow
@@ -147,32 +147,41 @@ def parity(dtype: str) -> Iterator[Finding]:
 
 
 def attentions() -> Iterator[Finding]:
-    """The attention that this machine takes, at the shapes of each of its uses, beside plain float32 einsums."""
-    shapes = {"decode": (2, 1, 2048), "prefill": (1, 512, 512), "vision": (1, 1032, 1032)}
-    for use, (rows, queries, keys) in shapes.items():
-        draw = iter(jax.random.split(jax.random.key(queries), 3))
-        q = jax.random.normal(next(draw), (rows, queries, 2, 4, 128))
-        k, v = (jax.random.normal(next(draw), (rows, 2, keys, 128)) for _ in range(2))
-        last = keys - 1 if use == "vision" else jnp.arange(queries) + keys - queries  # the last key that a query sees
-        last = jnp.broadcast_to(last, (rows, queries))
+    """The attention that this machine takes for each use of it, beside plain float32 einsums."""
+    tiles = InSpan(jnp.array([[[0, 2**30], [3, 2**30], [0, 0], [0, 200]]] * 2), tokens=257, padded=264)
+    uses = {
+        "decode": (jnp.array([2047]), UpTo(2048), 2048),
+        "prompt": (jnp.arange(512), UpTo(512, first=True), 512),
+        "later part of a prompt": (1024 + jnp.arange(512), UpTo(2048), 2048),
+        "decode to tiles": (jnp.array([5]), tiles, 4 * tiles.padded),
+        "prompt to tiles": (jnp.arange(512), tiles, 4 * tiles.padded),
+        "vision": (jnp.arange(1032), None, 1032),
+    }
+    for use, (positions, visible, keys) in uses.items():
+        draw, queries = (
+            iter(jax.random.split(jax.random.key(keys), 3)),
+            jnp.broadcast_to(positions, (2, len(positions))),
+        )
+        q = jax.random.normal(next(draw), (2, len(positions), 2, 4, 128))
+        k, v = (jax.random.normal(next(draw), (2, 2, keys, 128)) for _ in range(2))
+        mask = None if visible is None else visible(queries)
+        plain = jnp.einsum("bkgts,bksh->btkgh", attention_weights(q, k, mask), v, precision="highest")
+        attend = jax.jit(lambda q, k, v, queries=queries, visible=visible: attention(q, k, v, queries, visible))
 
-        def visible(last: jax.Array, keys: int = keys) -> jax.Array:
-            return jnp.arange(keys) <= last[:, :, None]
+        def finding(what: str, limit: float, ours: jax.Array, wanted: jax.Array) -> Finding:
+            error = float(jnp.abs(ours.astype(jnp.float32) - wanted).max() / jnp.abs(wanted).max())
+            return Finding(f"{what}: error beside the largest value", error, limit)
 
-        plain = jnp.einsum("bkgts,bksh->btkgh", attention_weights(q, k, visible(last)), v, precision="highest")
         for dtype, limit in LIMITS.items():
-            halves = (x.astype(dtype) for x in (q, k, v))
-            ours = jax.jit(attention, static_argnums=4)(*halves, last, visible).astype(jnp.float32)
-            error = float(jnp.abs(ours - plain).max() / jnp.abs(plain).max())
-            yield Finding(f"{dtype} attention, {use}: error beside the largest value", error, limit)
-        if use == "decode":
-            small = [Int8.of(x) for x in (k, v)]
-            whole_k, whole_v = (x.widen(jnp.dtype("float32")) for x in small)
-            weights = attention_weights(q, whole_k, visible(last))
-            plain = jnp.einsum("bkgts,bksh->btkgh", weights, whole_v, precision="highest")
-            ours = jax.jit(attention, static_argnums=4)(q, *small, last, visible)
-            error = float(jnp.abs(ours - plain).max() / jnp.abs(plain).max())
-            yield Finding("float32 attention, int8 cache: error beside the largest value", error, LIMITS["float32"])
+            yield finding(f"{dtype} attention, {use}", limit, attend(*(x.astype(dtype) for x in (q, k, v))), plain)
+        if len(positions) == 1:
+            k, v = Int8.of(k), Int8.of(v)
+            wide = (x.widen(jnp.dtype("float32")) for x in (k, v))
+            plain = jnp.einsum(
+                "bkgts,bksh->btkgh", attention_weights(q, next(wide), mask), next(wide), precision="highest"
+            )
+            for dtype, limit in LIMITS.items():
+                yield finding(f"{dtype} attention, {use}, int8 cache", limit, attend(q.astype(dtype), k, v), plain)
 
 
 def collectives() -> Iterator[Finding]:

@@ -21,7 +21,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["processes"] == 1
-    assert len(report["findings"]) == 16
+    assert len(report["findings"]) == 25
     assert all(each["ok"] for each in report["findings"])
     assert report["decode"]["milliseconds"] > 0
     assert report["decode"]["floor"] is None  # of a CPU the planner knows nothing
@@ -51,5 +51,5 @@ def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(check, "pace", lambda: check.Pace("of nothing", 8, 1.0, None))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
-    assert out.count("BAD") == 7
-    assert "10 comparisons, 7 beyond its limit" in out
+    assert out.count("BAD") == 16
+    assert "19 comparisons, 16 beyond its limit" in out
