@@ -162,8 +162,9 @@ def _block(plan: Plan, dtype: jnp.dtype, *refs: Any) -> None:
 def _tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     """Shared memory in the widest swizzle that divides the last axis."""
     swizzle = next(bytes for bytes in (128, 64, 32) if shape[-1] * 2 % bytes == 0)
-    tiling = gpu.TilingTransform((8, swizzle // 2))
-    return gpu.SMEM(shape, dtype, transforms=(tiling, gpu.SwizzleTransform(swizzle)))
+    mosaic: Any = gpu  # JAX 0.12 declares a method that these two need not have
+    transforms = mosaic.TilingTransform((8, swizzle // 2)), mosaic.SwizzleTransform(swizzle)
+    return gpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _load(steps: int, source: Callable, tiles: tuple[Any, Any], ready: tuple, free: tuple) -> None:
