@@ -208,7 +208,7 @@ def _compile(programs: Programs, load: Workload) -> dict[str, ProgramPlan]:
             found[name] = _planned(compile_program(lowered))
         except DoesNotFit as error:
             arguments = _arguments(programs, load, name)
-            found[name] = ProgramPlan(max(0, int(error.needed) - arguments), 0, False, (), None)
+            found[name] = ProgramPlan(error.temporaries(arguments), 0, False, (), None)
     return found
 
 

@@ -58,11 +58,28 @@ class Compiled:
 
 
 class DoesNotFit(Exception):
-    """The compiler says that a program needs more memory than a device has: so many bytes."""
+    """The compiler says that a program needs more memory than a device has.
 
-    def __init__(self, needed: float):
+    Attributes:
+        needed: so many bytes.
+        alone: of temporaries alone; else arguments are counted.
+    """
+
+    def __init__(self, needed: float, alone: bool = False):
         super().__init__(needed)
-        self.needed = needed
+        self.needed, self.alone = needed, alone
+
+    @classmethod
+    def said(cls, message: str) -> DoesNotFit | None:
+        """What an error of the compiler says of memory, if anything."""
+        whole = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", message)
+        alone = re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\) exceeds available HBM", message)
+        found = whole or alone
+        return found and cls(float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]], alone=whole is None)
+
+    def temporaries(self, arguments: int) -> int:
+        """Bytes that are needed beside so many of arguments."""
+        return int(self.needed) if self.alone else max(0, int(self.needed) - arguments)
 
 
 class Programs:
@@ -160,8 +177,8 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
             with _uncached():
                 compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if needed := re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error)):
-                raise DoesNotFit(float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]) from None
+            if said := DoesNotFit.said(str(error)):
+                raise said from None
             raise
         seconds = time.monotonic() - start
         (file,) = Path(dump).glob("*after_optimizations.txt")

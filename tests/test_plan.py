@@ -16,7 +16,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.sharding.hlo import Collective, Program
 from mllama_jax.sharding.mesh import topology
 from mllama_jax.sharding.plan import Plan, plan
-from mllama_jax.sharding.programs import Workload
+from mllama_jax.sharding.programs import DoesNotFit, Workload
 
 GIB = 2**30
 
@@ -183,3 +183,21 @@ def test_mistakes_cost_a_line(arguments: list[str], message: str, capsys: pytest
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("message", "temporaries"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 10.5),
+        (
+            "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (31.50G) "
+            "exceeds available HBM (31.24G).",
+            31.5,
+        ),
+    ],
+)
+def test_what_the_compiler_says_of_memory(message: str, temporaries: float) -> None:
+    said = DoesNotFit.said(message)
+    assert said is not None
+    assert said.temporaries(10 * 2**30) == temporaries * 2**30
+    assert DoesNotFit.said("INTERNAL: something else") is None

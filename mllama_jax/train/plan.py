@@ -87,7 +87,7 @@ def train_plan(
         compiled = compile_program(step.lower(state, frozen, batch))
         temporaries, fits, compiling = compiled.temporaries + compiled.code, True, round(compiled.seconds, 1)
     except DoesNotFit as error:
-        temporaries, fits, compiling = max(0, int(error.needed) - held - own), False, None
+        temporaries, fits, compiling = error.temporaries(held + own), False, None
     needed = held + own + temporaries
     flops = step_flops(config, recipe, batch)
     return TrainPlan(
