@@ -39,6 +39,7 @@ class Figure:
         median, low, high: of the repetitions, after a warm-up.
         floor: below what it cannot be by the chip's datasheet; None where the chip is not known.
         binds: which of "bandwidth" and "compute" sets the floor.
+        compiled: seconds that its programs took to lower and compile; little where JAX_COMPILATION_CACHE_DIR has them.
         peer: the same of `--versus`.
     """
 
@@ -50,6 +51,7 @@ class Figure:
     high: float
     floor: float | None
     binds: str | None
+    compiled: float
     peer: float | None = None
 
 
@@ -150,26 +152,28 @@ def checked(config: MllamaConfig, dtype: str, devices: int, cache: str | None) -
 
 
 def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Namespace) -> Iterator[Figure]:
-    """Every figure of a model whose decoder has weights of this dtype, as it is measured."""
-    from mllama_jax.bench_model import Bench, Floor
+    """Every figure of a model whose decoder has weights of this dtype, as it is measured; all are compiled before."""
+    from mllama_jax.bench_model import Bench
     from mllama_jax.generate.decode import STEPS
 
     bench, known = Bench.of(config, dtype, devices, args.cache), chip()
-
-    def figure(name: str, run: Callable[[], Any], floor: Floor, each: int = 1) -> Figure:
-        times = [1e3 * seconds / each for seconds in measure(run, args.repeat)]
-        limit = (None, None) if known is None else floor.limit(known, dtype)
-        return Figure(name, dtype, devices, statistics.median(times), min(times), max(times), *limit)
-
-    for rows in args.rows:
-        yield figure(f"decode, {rows} rows with a picture", *bench.decode(rows, args.context, True), STEPS)
-    yield figure("decode, 1 row of text", *bench.decode(1, args.context, False), STEPS)
+    jobs = {f"decode, {rows} rows with a picture": bench.decode(rows, args.context, True) for rows in args.rows}
+    jobs["decode, 1 row of text"] = bench.decode(1, args.context, False)
     if config.vision is not None:
-        for images in args.images:
-            yield figure(f"encode, {images} pictures", *bench.encode(images))
-        yield figure(f"first token, a picture and {PROMPT} tokens", *bench.first_token(PROMPT, True))
-        yield figure(f"prefill, a picture and {args.prompt} tokens", *bench.first_token(args.prompt, True))
-    yield figure(f"prefill, {args.prompt} tokens of text", *bench.first_token(args.prompt, False))
+        encoders = {images: bench.encode(images) for images in sorted({1, *args.images})}
+        jobs |= {f"encode, {images} pictures": encoders[images] for images in args.images}
+        jobs[f"first token, a picture and {PROMPT} tokens"] = bench.first_token(PROMPT, encoders[1])
+        jobs[f"prefill, a picture and {args.prompt} tokens"] = bench.first_token(args.prompt, encoders[1])
+    jobs[f"prefill, {args.prompt} tokens of text"] = bench.first_token(args.prompt, None)
+    compiled = {name: sum(program.seconds for program in job.programs) for name, job in jobs.items()}
+    while jobs:  # a job keeps the arrays that it was run on
+        name = next(iter(jobs))
+        job = jobs.pop(name)
+        steps = STEPS if name.startswith("decode") else 1
+        times = [1e3 * seconds / steps for seconds in measure(job.run, args.repeat)]
+        limit = (None, None) if known is None else job.floor.limit(known, dtype)
+        spread = statistics.median(times), min(times), max(times)
+        yield Figure(name, dtype, devices, *spread, *limit, compiled[name])
 
 
 def measure(run: Callable[[], Any], repeat: int) -> list[float]:

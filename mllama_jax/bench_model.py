@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +16,7 @@ import numpy as np
 from mllama_jax.config import QUANTIZATIONS, MllamaConfig, VisionConfig
 from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
-from mllama_jax.model.cache import CrossCache
+from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
 from mllama_jax.model.quantize import GROUP, count
 from mllama_jax.model.vision import TILES
@@ -50,11 +52,37 @@ class Floor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function of a model, its parameters and more, compiled beside others."""
+
+    params: Params
+    compiled: Future[tuple[jax.stages.Compiled, float]]
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.compiled.result()[0](self.params, *args, **more)
+
+    @property
+    def seconds(self) -> float:
+        """What lowering and compiling it took."""
+        return self.compiled.result()[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A function to time, the floor of what it does, and the programs it calls."""
+
+    run: Callable[[], Any]
+    floor: Floor
+    programs: tuple[Program, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    """A model with random parameters; every method gives a function to time and the floor of what it does."""
+    """A model with random parameters; every method gives a job, whose programs a thread compiles meanwhile."""
 
     model: MllamaModel
     params: Params
+    compilers: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(8))
 
     @classmethod
     def of(cls, config: MllamaConfig, dtype: str, devices: int = 1, cache: str | None = None) -> Bench:
@@ -71,40 +99,47 @@ class Bench:
         assert self.model.config.vision is not None
         return self.model.config.vision
 
-    def decode(self, rows: int, context: int, pictures: bool) -> tuple[Callable[[], Any], Floor]:
+    def decode(self, rows: int, context: int, pictures: bool) -> Job:
         """A dispatch of decode steps, of which the last fills the cache."""
-        text, vision = self.model.config.text, self.model.config.vision
-        cache = jax.tree.map(normal, decode.new_cache(self.model, rows, context))
-        cross = None
-        if pictures and vision is not None:
-            one = jax.eval_shape(lambda: self.model.empty_layer(rows, vision.max_tiles * vision.padded_tokens))
+        text, vision = self.model.config.text, self.model.config.vision if pictures else None
+        position = jnp.full(rows, context - decode.STEPS, jnp.int32)
+        token = jnp.arange(rows, dtype=jnp.int32)
+        settings = self._settings(rows)
+
+        def start(cache: Any) -> decode.State:
+            return decode.State(cache, token + 0, position + 0, jnp.zeros_like(token), jnp.zeros(rows, bool), None)
+
+        def fill() -> tuple[tuple[KVCache, ...], CrossCache | None]:
+            cache = jax.tree.map(normal, decode.new_cache(self.model, rows, context))
+            if vision is None:
+                return cache, None
+            positions = vision.max_tiles * vision.padded_tokens
+            one = jax.eval_shape(lambda: self.model.empty_layer(rows, positions))
             one = one.placed(self._place, "image_seq")
             layers = tuple(jax.tree.map(normal, one) for _ in text.cross_layers)
             spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (rows, vision.max_tiles, 2))
-            cross = CrossCache(layers, spans, vision.tokens)
-        weights = self._decode_weights(cross is not None)
-        settings = self._settings(rows)
-        position = jnp.full(rows, context - decode.STEPS, jnp.int32)
-        token = jnp.arange(rows, dtype=jnp.int32)
-        state: list[Any] = [decode.State(cache, token, position, token, jnp.zeros(rows, bool), None)]
+            return cache, CrossCache(layers, spans, vision.tokens)
+
+        weights, full = self._decode_weights(vision is not None), fill()
+        read = device_bytes((weights, full))
+        cache, cross = full = jax.tree.map(_like, full)  # the memory is needed while this is timed, not before
+        program = self._program(decode.decode, start(cache), cross, settings, steps=decode.STEPS, top=0)
+        filled: list[Any] = []
 
         def dispatch() -> Any:
-            start = state.pop().replace(
-                position=position + 0, made=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool)
-            )
-            after, block, _ = decode.decode(self.model, self.params, start, cross, settings, steps=decode.STEPS, top=0)
-            state.append(after)
+            cache, cross = filled.pop() if filled else fill()
+            after, block, _ = program(start(cache), cross, settings, steps=decode.STEPS)
+            filled.append((after.cache, cross))
             return block
 
         keys = context * len(text.self_layers)
         if cross is not None:
             keys += cross.layers[0].length * len(text.cross_layers)
         numbers = sum(map(count, jax.tree.leaves(weights)))
-        read = device_bytes((weights, cache, cross))
         flops = 4 * rows * text.heads * text.head_dim * keys
-        return dispatch, Floor(read, 2 * rows * numbers / self.devices, flops / self.devices)
+        return Job(dispatch, Floor(read, 2 * rows * numbers / self.devices, flops / self.devices), (program,))
 
-    def encode(self, images: int) -> tuple[Callable[[], Any], Floor]:
+    def encode(self, images: int) -> Job:
         """The vision tower and the projector on pictures of all tiles."""
         vision = self._vision
         pixels = jax.random.normal(jax.random.key(0), (images, vision.max_tiles, 3, vision.tile, vision.tile))
@@ -114,25 +149,33 @@ class Bench:
         kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(tower) if path[-1].key == "kernel"]
         attention = 4 * positions * vision.max_tiles * vision.padded_tokens * vision.width
         flops = 2 * positions * sum(x.size for x in kernels) + attention * (vision.layers + vision.global_layers)
-        return lambda: decode.encode(self.model, self.params, pixels, ids), Floor(
-            device_bytes(tower), 0, flops / self.devices
-        )
+        program = self._program(decode.encode, pixels, ids)
+        floor = Floor(device_bytes(tower), 0, flops / self.devices)
+        return Job(lambda: program(pixels, ids), floor, (program,))
 
-    def first_token(self, tokens: int, picture: bool) -> tuple[Callable[[], Any], Floor]:
-        """From pixels and token ids to the first new token, in the dispatches that `generate` makes."""
-        text = self.model.config.text
+    def first_token(self, tokens: int, encoder: Job | None) -> Job:
+        """From pixels, where one is to be encoded, and token ids to the first new token, as `generate` does it."""
+        text, picture = self.model.config.text, encoder is not None
         ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, text.vocab)
         settings, lengths = self._settings(1), jnp.full(1, tokens, jnp.int32)
-        encode, floor = self.encode(1) if picture else (lambda: None, Floor(0, 0, 0))
+
+        def keys_values(features: jax.Array) -> CrossCache:
+            tiles = jnp.arange(self._vision.max_tiles, dtype=jnp.int32)[None]
+            spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (1, self._vision.max_tiles, 2))
+            return decode.keys_values(self.model, self.params, features, tiles, spans)
+
+        def new_cache() -> Any:
+            return decode.new_cache(self.model, 1, tokens + decode.STEPS)
+
+        cross = None
+        if picture:
+            shape = (1, self._vision.max_tiles, self._vision.tokens, text.width)
+            cross = keys_values(jnp.zeros(shape, self.model.dtype))
+        program = self._program(decode.prefill, ids, lengths, new_cache(), cross, settings, top=0)
 
         def run() -> Any:
-            cross = None
-            if picture:
-                tiles = jnp.arange(self._vision.max_tiles, dtype=jnp.int32)[None]
-                spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (1, self._vision.max_tiles, 2))
-                cross = decode.keys_values(self.model, self.params, encode(), tiles, spans)
-            cache = decode.new_cache(self.model, 1, tokens + decode.STEPS)
-            return decode.prefill(self.model, self.params, ids, lengths, cache, cross, settings, top=0)[1]
+            cross = None if encoder is None else keys_values(encoder.run())
+            return program(ids, lengths, new_cache(), cross, settings)[1]
 
         weights = self._decode_weights(picture)
         head = count(self.params["text"].get("head", {"kernel": self.params["text"]["embedding"]})["kernel"])
@@ -144,8 +187,23 @@ class Bench:
             seen, kv = self._vision.max_tiles * self._vision.tokens, 2 * text.kv_heads * text.head_dim * text.width
             flops += inner * tokens * seen * len(text.cross_layers)
             weight_flops += 2 * seen * kv * len(text.cross_layers)
-        read = device_bytes(weights) + floor.read
-        return run, Floor(read, weight_flops / self.devices, flops / self.devices + floor.flops)
+        before = Floor(0, 0, 0) if encoder is None else encoder.floor
+        floor = Floor(
+            device_bytes(weights) + before.read, weight_flops / self.devices, flops / self.devices + before.flops
+        )
+        return Job(run, floor, (*(encoder.programs if encoder else ()), program))
+
+    def _program(self, function: Any, *args: Any, **more: Any) -> Program:
+        start = time.monotonic()
+        lowered = function.lower(self.model, self.params, *args, **more)
+        lowering = time.monotonic() - start
+
+        def compile() -> tuple[jax.stages.Compiled, float]:
+            start = time.monotonic()
+            compiled = lowered.compile()
+            return compiled, lowering + time.monotonic() - start
+
+        return Program(self.params, self.compilers.submit(compile))
 
     def _place(self, x: Any, *names: str) -> jax.ShapeDtypeStruct:
         rules = self.model.constrain
@@ -160,7 +218,7 @@ class Bench:
         text, vision = self.model.config.text, self.model.config.vision
         tokens, cross = jax.random.randint(jax.random.key(1), (2, 16), 0, text.vocab), None
         if vision is not None:
-            features = self.encode(2)[0]()
+            features = self.encode(2).run()
             tiles = jnp.arange(2 * vision.max_tiles, dtype=jnp.int32).reshape(2, -1)
             spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (*tiles.shape, 2))
             cross = decode.keys_values(self.model, self.params, features, tiles, spans)
@@ -192,6 +250,10 @@ def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | No
     together = Bench(model, jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree)))
     one, several = (each.logits() for each in (alone, together))
     return float(np.abs(several - one).max() / np.abs(one).max())
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
 
 
 def _parameter(path: tuple[Any, ...], like: Any) -> jax.Array:

@@ -110,9 +110,9 @@ def run(config: MllamaConfig, name: str, rounds: int, told: Told) -> None:
     from mllama_jax.serve.app import Limits, Service
 
     bare = Bench.of(config, "bfloat16")
-    dispatch, _ = bare.decode(ROWS, PROMPT + NEW, True)
-    told.add("decode alone", tokens=ROWS * STEPS / statistics.median(bench.measure(dispatch, 5)))
-    del dispatch  # and its caches
+    job = bare.decode(ROWS, PROMPT + NEW, True)
+    told.add("decode alone", tokens=ROWS * STEPS / statistics.median(bench.measure(job.run, 5)))
+    del job  # and its caches
     with tempfile.TemporaryDirectory() as directory:
         place, tokenizer = Path(directory), made_up_tokenizer(config.text.vocab, Path(directory))
         served = Mllama(bare.model, bare.params, tokenizer, load_template(place), place)

@@ -36,7 +36,7 @@ def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Pa
 def test_int4_reads_less_and_computes_the_same() -> None:
     """Random packed weights are of about the size that those in bfloat16 have."""
     wide, packed = (Bench.of(SMALL, dtype) for dtype in ("bfloat16", "int4"))
-    floors = [bench.decode(1, 64, True)[1] for bench in (wide, packed)]
+    floors = [bench.decode(1, 64, True).floor for bench in (wide, packed)]
     assert floors[1].weight_flops == pytest.approx(floors[0].weight_flops, rel=0.02)
     assert floors[1].read < 0.6 * floors[0].read
     down = packed.params["text"]["layers_0"]["mlp"]["down"]
