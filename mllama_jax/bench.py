@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
             errors[f"{dtype} {devices}"] = error = checked(config, dtype, devices, args.cache)
             if not args.json:
                 print(
-                    f"over {devices} devices logits of the first layers are {error:.2%} from one device's", flush=True
+                    f"over {devices} devices logits of a few layers are {error:.2%} from one device's", flush=True
                 )
         for figure in figures(config, dtype, devices, args):
             peer = peers.get(figure.name) if (dtype, devices) == ("bfloat16", 1) else None

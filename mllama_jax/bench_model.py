@@ -240,11 +240,15 @@ def abstract(config: MllamaConfig, dtype: str, devices: int, cache: str | None =
 
 
 def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | None = None) -> float:
-    """How far logits of the first layers, up to one of cross-attention, are from those of one device, of the largest.
+    """How far logits of a few layers, one of each kind, are from those of one device, of the largest.
 
     Both have the same random weights and read two rows of 16 tokens with a picture each.
     """
     config = shallow(config, min(config.text.cross_layers, default=0) + 1)
+    if config.vision is not None:
+        taps = len(config.vision.taps)
+        few = dataclasses.replace(config.vision, layers=taps + 1, taps=tuple(range(taps)), global_layers=1)
+        config = dataclasses.replace(config, vision=few)
     alone = Bench.of(config, dtype, cache=cache)
     model, tree = abstract(config, dtype, devices, cache)
     together = Bench(model, jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree)))
