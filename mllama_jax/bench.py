@@ -106,9 +106,7 @@ def run(args: argparse.Namespace) -> None:
         if devices > 1:
             errors[f"{dtype} {devices}"] = error = checked(config, dtype, devices, args.cache)
             if not args.json:
-                print(
-                    f"over {devices} devices logits of a few layers are {error:.2%} from one device's", flush=True
-                )
+                print(f"over {devices} devices logits of a few layers are {error:.2%} from one device's", flush=True)
         for figure in figures(config, dtype, devices, args):
             peer = peers.get(figure.name) if (dtype, devices) == ("bfloat16", 1) else None
             found.append(dataclasses.replace(figure, peer=peer))

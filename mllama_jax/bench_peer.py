@@ -2,6 +2,7 @@
 
 python -m mllama_jax.bench_peer figures --context 1024 --prompt 8192 --rows 1 8 32 --images 1 8    # `mllama bench`
 python -m mllama_jax.bench_peer batch --rows 32 --prompt 128 --new 128              # `mllama_jax.serve.throughput`
+python -m mllama_jax.bench_peer lora --rows 4 --prompt 512                          # `mllama_jax.train.measure`
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ NEW = 65  # tokens of the longer generation that decode steps are counted in
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["figures", "batch"])
+    parser.add_argument("what", choices=["figures", "batch", "lora"])
     for name in ("context", "prompt", "new"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("rows", "images"):
         parser.add_argument(f"--{name}", type=int, nargs="+")
     args = parser.parse_args()
     model = random_model()
+    if args.what == "lora":
+        print(json.dumps(lora(model, args)))
+        return
     with torch.inference_mode():
         print(json.dumps({"figures": figures, "batch": batch}[args.what](model, args)))
 
@@ -75,6 +79,30 @@ def batch(model: Any, args: argparse.Namespace) -> dict[str, float]:
         own = inputs(args.prompt, rows, picture=True)
         found[str(rows)] = measure(lambda own=own: generate(model, own, args.new), repeat=2)
     return found
+
+
+def lora(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step of LoRA by PEFT, layers done again in the backward pass, and the most bytes it had in use."""
+    import peft  # pyright: ignore[reportMissingImports]
+
+    maps = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=rf".*language_model.*\.({maps})")
+    )
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    own = inputs(args.prompt, args.rows[0], picture=True)
+    labels = own["input_ids"].masked_fill(own["input_ids"] == 128256, -100)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], fused=True)
+
+    def update() -> None:
+        model(**own, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = measure(update) / 1e3
+    return {"seconds": seconds, "peak": torch.cuda.max_memory_allocated()}
 
 
 ENCODER = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
