@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -71,15 +73,25 @@ def test_int4_scales_are_those_of_least_squares() -> None:
     assert ours.sum() < (5 / 6) ** 2 * symmetric.sum()
 
 
+@pytest.mark.parametrize("rows", [(2, 7), (1, 1)])
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 0.01)])
-def test_an_int4_product_is_that_of_what_was_packed(dtype: str, error: float) -> None:
-    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (2, 7, 512)), (2, (2, 12, 512))))
+def test_an_int4_product_is_that_of_what_was_packed(dtype: str, error: float, rows: tuple[int, int]) -> None:
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (*rows, 512)), (2, (2, 12, 512))))
     x = x.astype(dtype)
     packed, scale = to_int4(kernel)
     ours = product("btd,cfd->btcf", x, packed, scale)
     wanted = np.einsum("btd,cfd->btcf", x.astype(jnp.float32), widen(packed, scale, jnp.dtype("float32")))
     assert ours.dtype == dtype
     assert np.linalg.norm(ours.astype(jnp.float32) - wanted) < error * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(("platform", "dots"), [("tpu", 2), ("cuda", 1)])
+def test_a_gpu_reads_int4_kernels_by_sums_for_one_row(platform: str, dots: int) -> None:
+    """The one product that is left there is of the scales."""
+    shapes = ((1, 1, 512), jnp.bfloat16), ((12, 256), jnp.uint8), ((12, 4), jnp.bfloat16)
+    run = jax.jit(lambda *arrays: product("btd,fd->btf", *arrays))
+    text = jax.export.export(run, platforms=[platform])(*itertools.starmap(jax.ShapeDtypeStruct, shapes)).mlir_module()
+    assert text.count("stablehlo.dot_general") == dots
 
 
 @pytest.mark.parametrize("quantize", QUANTIZERS)
