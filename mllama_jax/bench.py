@@ -39,6 +39,7 @@ class Figure:
         median, low, high: of the repetitions, after a warm-up.
         floor: below what it cannot be by the chip's datasheet; None where the chip is not known.
         binds: which of "bandwidth" and "compute" sets the floor.
+        read, operations: what a device has to do at least: bytes, and sums and products.
         compiled: seconds that its programs took to lower and compile; little where JAX_COMPILATION_CACHE_DIR has them.
         peer: the same of `--versus`.
     """
@@ -51,6 +52,8 @@ class Figure:
     high: float
     floor: float | None
     binds: str | None
+    read: int
+    operations: float
     compiled: float
     peer: float | None = None
 
@@ -114,8 +117,14 @@ def run(args: argparse.Namespace) -> None:
                 print(line(found[-1]), flush=True)
     if args.plot is not None:
         draw(f"{args.model} on {where['devices']}", found, args.plot)
+    rates = best(found)
     if args.json:
-        print(json.dumps({**where, "spread_errors": errors, "figures": [dataclasses.asdict(each) for each in found]}))
+        told = [dataclasses.asdict(each) for each in found]
+        print(json.dumps({**where, "spread_errors": errors, "best": rates, "figures": told}))
+    else:
+        for name, unit in (("read", "B/s"), ("computed", "OP/s")):
+            rate, figure = rates[name]
+            print(f"best rate of this run, {name}: {rate / 1e12:.3g} T{unit} a device ({figure} devices)")
 
 
 HEADER = f"{'ms':<44}{'dtype':<9}{'devices':>7}" + "".join(
@@ -169,9 +178,20 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
         job = jobs.pop(name)
         steps = STEPS if name.startswith("decode") else 1
         times = [1e3 * seconds / steps for seconds in measure(job.run, args.repeat)]
-        limit = (None, None) if known is None else job.floor.limit(known, dtype)
+        floor, limit = job.floor, (None, None) if known is None else job.floor.limit(known, dtype)
         spread = statistics.median(times), min(times), max(times)
-        yield Figure(name, dtype, devices, *spread, *limit, compiled[name])
+        work = floor.read, floor.weight_flops + floor.flops
+        yield Figure(name, dtype, devices, *spread, *limit, *work, compiled[name])
+
+
+def best(figures: list[Figure]) -> dict[str, tuple[float, str]]:
+    """The best rates at which a device did what it had to, bytes and operations a second, and in which figure."""
+    rates: dict[str, Callable[[Figure], float]] = {
+        "read": lambda figure: 1e3 * figure.read / figure.median,
+        "computed": lambda figure: 1e3 * figure.operations / figure.median,
+    }
+    fastest = {name: max(figures, key=rate) for name, rate in rates.items()}
+    return {name: (rates[name](each), f"{each.name}, {each.dtype}, {each.devices}") for name, each in fastest.items()}
 
 
 def measure(run: Callable[[], Any], repeat: int) -> list[float]:
