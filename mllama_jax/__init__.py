@@ -4,8 +4,12 @@ from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
 from mllama_jax.generate.answer import Completion
 from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.libtpu import forbid_large_tiles, is_tpu7x
 from mllama_jax.loading import load
 from mllama_jax.processing.guard import Verdict
 from mllama_jax.saving import save
 
 __all__ = ["Completion", "Mllama", "MllamaConfig", "SamplingParams", "Verdict", "load", "save"]
+
+if is_tpu7x():
+    forbid_large_tiles()

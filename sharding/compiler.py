@@ -9,6 +9,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from mllama_jax.errors import InputError
+from mllama_jax.libtpu import forbid_large_tiles
 
 # libtpu asks the host what TPU it is part of; these answer, and the topology that is compiled for decides.
 _ENVIRONMENT = {
@@ -31,5 +32,6 @@ def tpu_topology(name: str, slices: int = 1) -> Sequence[Any]:
         raise InputError("compiling for a TPU needs libtpu: pip install 'mllama-jax[plan]'")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    forbid_large_tiles()
     options = {"num_slices": slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
