@@ -1,4 +1,4 @@
-"""The README's table of what fits where: `python -m mllama_jax.sharding.fit_table [--check]`; takes half an hour.
+"""The README's table of what fits where: `python -m mllama_jax.sharding.fit_table [--check]`; takes an hour.
 
 Decode is compiled with 5 and 10 layers and extrapolated to full depth, `--check` also compiles some at full depth; what
 prefill and encoding need beside is by arithmetic, as everything is for GPUs.
@@ -25,7 +25,7 @@ SLICES = (
 )
 CHECKED = (("11B", "v6e:1x1"), ("11B", "v5e:2x2"), ("90B", "v6e:2x4"), ("90B", "v5e:4x4"), ("90B", "v5p:2x2x1"),
            ("90B", "v6e:4x4"))  # fmt: skip
-COLUMNS = [(model, quantize) for model in MODELS for quantize in (None, "int8")]
+COLUMNS = [(model, quantize) for model in MODELS for quantize in (None, "int8", "int4")]
 LOAD = Workload(slots=8, context=8192, images=1)
 
 
