@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from mllama_jax.generate.batch import bucket
 from mllama_jax.sharding.rules import Rules
@@ -93,6 +94,7 @@ class Batches:
         options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
         source: Any = self
         batches = grain.MapDataset.source(source).to_iter_dataset(options)
+        flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours sets
         return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, AHEAD)))
 
     def lines(self, step: int) -> list[int]:

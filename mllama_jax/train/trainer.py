@@ -195,6 +195,7 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
     with _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
     checkpoints.close()
+    reader.close()
     params = {name: leaf for name, leaf in trainer.state.params.items() if name != READING}
     result = write_trained(out, recipe, trainer.loaded.config, params)
     return {
