@@ -104,5 +104,8 @@ def test_the_stages_begin_where_the_one_before_ended() -> None:
     for recipe in recipes:
         assert recipe.pictures is not None
         assert recipe.samples % len(recipe.pictures.families()) == 0
-    same = [dataclasses.replace(r, model="", steps=1, samples=1, seed=0, pictures=Pictures(text=1)) for r in recipes]
+    same = [
+        dataclasses.replace(r, model="", held_out="", steps=1, samples=1, seed=0, pictures=Pictures(text=1))
+        for r in recipes
+    ]
     assert same[0] == same[1] == same[2]

@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +192,9 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         trainer.state = found[0]
         reader.set_state(found[1])
     history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
-    with _notice() as noticed, history:
+    with closing(reader), _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
     checkpoints.close()
-    reader.close()
     params = {name: leaf for name, leaf in trainer.state.params.items() if name != READING}
     result = write_trained(out, recipe, trainer.loaded.config, params)
     return {

@@ -9,7 +9,7 @@ cross-attention layers), trained from nothing on pictures drawn as it goes.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import json
 import shutil
 from importlib import resources
@@ -23,7 +23,7 @@ from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 from mllama_jax.convert.export import write_hf
 from mllama_jax.model.mllama import Params, init_parameters
 from mllama_jax.train.pictures import tokenizer
-from mllama_jax.train.pictures.example import conversation
+from mllama_jax.train.pictures.example import Example, conversation
 from mllama_jax.train.pictures.stream import FAMILIES, held_out
 from mllama_jax.train.step import tie_tiles
 
@@ -68,7 +68,7 @@ def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
 
 
 def lay_out(folder: Path, held: int = 64) -> None:
-    """Write random weights (`start`), the recipes of the three stages, and `held` held-out chats of each family."""
+    """Write random weights (`start`), the recipes of the three stages, and held-out chats, `held` of each family."""
     params = jax.device_get(jax.jit(start)(jax.random.key(0)))
     write_hf(folder / "start", params, CONFIG, np.dtype(jnp.bfloat16))
     tokenizer.write(folder / "start")
@@ -76,15 +76,24 @@ def lay_out(folder: Path, held: int = 64) -> None:
     (folder / "start/chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     for stage in STAGES:
         shutil.copy(Path(__file__).with_name(f"{stage}.toml"), folder)
-    (folder / "held_out").mkdir()
-    with open(folder / "held_out.jsonl", "w") as file:
-        for family in FAMILIES:
-            for i, example in enumerate(held_out(family, held)):
-                names = [f"held_out/{family}-{i}-{place}.png" for place in range(len(example.images))]
-                for image, name in zip(example.images, names, strict=True):
-                    image.save(folder / name)
-                messages = conversation(dataclasses.replace(example, images=names))
-                file.write(json.dumps({"messages": messages}) + "\n")
+    (folder / "pictures").mkdir()
+    chats = {
+        family: [_chat(folder, example, i) for i, example in enumerate(held_out(family, held))] for family in FAMILIES
+    }
+    (folder / "scenes.jsonl").write_text("".join(chats["scenes"]))
+    (folder / "held_out.jsonl").write_text("".join(itertools.chain(*chats.values())))
+
+
+def _chat(folder: Path, example: Example, i: int) -> str:
+    """A line of chats, its pictures saved beside it."""
+    names = [f"pictures/{example.family}-{i}-{place}.png" for place in range(len(example.images))]
+    for image, name in zip(example.images, names, strict=True):
+        image.save(folder / name)
+    messages = conversation(example)
+    parts = [part for part in messages[0]["content"] if part["type"] == "image"]
+    for part, name in zip(parts, names, strict=True):
+        part["image"] = name
+    return json.dumps({"messages": messages}) + "\n"
 
 
 def main() -> None:
