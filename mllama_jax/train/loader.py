@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 import grain
@@ -89,17 +93,31 @@ class Batches:
             made.append(self.chats.batch(some.tolist(), self.mine.stop - self.mine.start, shape))
         return stacked(made)
 
-    def read(self, start: int = 0) -> grain.DatasetIterator[Batch]:
-        """The batches from a step on, in order, read ahead."""
+    def read(self) -> grain.DatasetIterator[Batch]:
+        """The batches in order, made ahead."""
         options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
         source: Any = self
         batches = grain.MapDataset.source(source).to_iter_dataset(options)
         flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours sets
-        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, AHEAD)))
+        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, AHEAD), _end_with_parent))
 
     def lines(self, step: int) -> list[int]:
         """The numbers of the lines that a step reads."""
         return sorted(int(line) for line in self.chats.lines[self.order[step][1]])
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Let a process that makes batches leave signals to its parent, and end when that does, however it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def own_samples(samples: int, rules: Rules | None) -> slice:
