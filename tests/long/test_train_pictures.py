@@ -66,7 +66,7 @@ def test_a_model_that_begins_from_nothing_answers_by_looking(folder: Path) -> No
 
 def test_a_run_that_draws_goes_on_as_if_it_had_not_been_ended(folder: Path) -> None:
     """Whichever processes draw."""
-    settings = {"steps": 6, "samples": 4, "save_every": 2}
+    settings = {"steps": 6, "samples": 4, "save_every": 6}
     assert main(["train", str(shorter(folder, "whole", workers=0, **settings)), str(folder / "whole")]) == 0
     out, ended = folder / "ended", shorter(folder, "ended", workers=2, **settings)
     run = subprocess.run(
