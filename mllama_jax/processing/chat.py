@@ -57,6 +57,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: Mapping[str, str] = _VARIABLES):
+        self._made_of = (source, variables)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -66,6 +67,9 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise _template_error(error) from None
+
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, Mapping[str, str]]]:
+        return ChatTemplate, self._made_of  # Jinja's own templates cannot go to another process
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt as text. Whatever goes wrong in a template, which may be anyone's, is an `InputError`."""

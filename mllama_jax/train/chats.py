@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.processing.chat import ChatTemplate, encode_conversation
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.train.batch import IGNORED, Row, answer_labels
+from mllama_jax.train.batch import IGNORED, Batch, Row, Shape, answer_labels, make_batch
 
 TooLong = Literal["drop", "cut"]
 
@@ -189,3 +189,8 @@ class Chats:
             return [(row, row.images()) for row in rows]
         except InputError as error:
             raise InputError(f"{self.path}, line {self.lines[i]}: {error}") from None
+
+    def batch(self, chats: Sequence[int], samples: int, shape: Shape) -> Batch:
+        """These chats as a batch of so many, padded to `shape`."""
+        rows = [row for chat in chats for row in self[chat]]
+        return make_batch([*rows, *[None] * (samples * self.reader.rows - len(rows))], shape, self.reader.config)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from PIL import Image
+from absl import flags
 
 from mllama_jax.generate.batch import bucket
 from mllama_jax.sharding.rules import Rules
-from mllama_jax.train.batch import Batch, Row, Shape, make_batch, stacked
+from mllama_jax.train.batch import Batch, Shape, stacked
 from mllama_jax.train.chats import Chats
+from mllama_jax.train.pictures.drawn import Drawings
 
 SHORTEST = 32  # the least length of a batch
 AHEAD = 4  # steps that are read before they are wanted, each by a thread of its own
@@ -27,18 +32,19 @@ class Order:
     its last step is left empty.
     """
 
-    def __init__(self, chats: Chats, samples: int, seed: int | None):
+    def __init__(self, chats: Chats | Drawings, samples: int, seed: int | None):
         """`samples` a step; without a seed they come as they are in the file."""
         self.samples, self.seed = samples, seed
-        self.groups: dict[Shape, np.ndarray] = {}
         most = chats.reader.length
+        sizes, which = np.unique(np.stack([chats.lengths, chats.pictures]), axis=1, return_inverse=True)
         shapes = [
-            Shape(min(bucket(int(length), SHORTEST), most), bucket(int(pictures)) if pictures else 0)
-            for length, pictures in zip(chats.lengths, chats.pictures, strict=True)
+            Shape(min(bucket(length, SHORTEST), most), bucket(pictures) if pictures else 0)
+            for length, pictures in sizes.T.tolist()
         ]
-        for shape in sorted(set(shapes), key=dataclasses.astuple):
-            self.groups[shape] = np.array([i for i, each in enumerate(shapes) if each == shape])
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        self.groups = {
+            shape: np.flatnonzero(np.isin(which, [i for i, each in enumerate(shapes) if each == shape]))
+            for shape in sorted(set(shapes), key=dataclasses.astuple)
+        }
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -48,7 +54,8 @@ class Order:
         """The shape of a step's batches, and the chats in them, at most `samples`."""
         return self._epoch(step // len(self))[step % len(self)]
 
-    def _make_epoch(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _epoch(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
         made = []
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         for shape, group in self.groups.items():
@@ -64,14 +71,16 @@ class Batches:
     Attributes:
         steps: how many there are.
         samples: chats in one batch, of which this process reads those in `mine`.
+        workers: processes that make them; threads of this one where there are none.
     """
 
-    chats: Chats
+    chats: Chats | Drawings
     order: Order
     steps: int
     samples: int
     accumulate: int
     mine: slice
+    workers: int = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -81,20 +90,34 @@ class Batches:
         made = []
         for i in range(self.accumulate):
             some = found[i * self.samples : (i + 1) * self.samples][self.mine]
-            rows: list[tuple[Row, list[Image.Image]] | None] = [row for chat in some for row in self.chats[int(chat)]]
-            wanted = (self.mine.stop - self.mine.start) * self.chats.reader.rows
-            made.append(make_batch([*rows, *[None] * (wanted - len(rows))], shape, self.chats.reader.config))
+            made.append(self.chats.batch(some.tolist(), self.mine.stop - self.mine.start, shape))
         return stacked(made)
 
-    def read(self, start: int = 0) -> grain.DatasetIterator[Batch]:
-        """The batches from a step on, in order, read ahead by threads."""
+    def read(self) -> grain.DatasetIterator[Batch]:
+        """The batches in order, made ahead."""
         options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
         source: Any = self
-        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        batches = grain.MapDataset.source(source).to_iter_dataset(options)
+        flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours sets
+        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, AHEAD), _end_with_parent))
 
     def lines(self, step: int) -> list[int]:
         """The numbers of the lines that a step reads."""
         return sorted(int(line) for line in self.chats.lines[self.order[step][1]])
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Let a process that makes batches leave signals to its parent, and end when that does, however it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def own_samples(samples: int, rules: Rules | None) -> slice:

@@ -12,8 +12,12 @@ from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.train.batch import Batch
 from mllama_jax.train.loss import preference, supervised
 from mllama_jax.train.parts import merge
+from mllama_jax.train.pictures.drawn import PictureBatch
+from mllama_jax.train.pictures.reading import supervised_with_patches
 from mllama_jax.train.recipe import Recipe
 from mllama_jax.train.step import tie_tiles
+
+READING = "reading"  # of patches, among what is trained: no part of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,10 @@ jax.tree_util.register_dataclass(Frozen)
 
 def part_loss(recipe: Recipe, model: MllamaModel, trained: Params, frozen: Frozen, batch: Batch) -> Any:
     """The sum of a batch's losses and how many they are, by the recipe."""
-    params = merge(trained, frozen.params, recipe.lora)
+    own = {name: leaf for name, leaf in trained.items() if name != READING}
+    params = merge(own, frozen.params, recipe.lora)
+    if recipe.pictures is not None and isinstance(batch, PictureBatch):
+        return supervised_with_patches(model, params, trained[READING], batch, recipe.pictures.patches)
     if frozen.reference is None:
         return supervised(model, params, batch)
     return preference(model, params, batch, merge(frozen.reference, frozen.params, recipe.lora), recipe.beta)

@@ -29,6 +29,34 @@ ONE_OF = {
     "preset": (None, *PRESETS),
 }
 POSITIVE = ("steps", "samples", "accumulate", "length", "save_every", "keep", "learning_rate", "clip")
+FAMILIES = ("scenes", "charts", "text", "pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures to learn from that are drawn as training goes, with dialogues about them (`mllama_jax.train.pictures`).
+
+    Attributes:
+        scenes, charts, text, pairs: how often each family occurs, beside the others.
+        patches: how much the vision encoder's learning what lies at each patch weighs, beside the answers.
+    """
+
+    scenes: int = 0
+    charts: int = 0
+    text: int = 0
+    pairs: int = 0
+    patches: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in (*FAMILIES, "patches"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"pictures.{name}: expected at least 0, got {value}")
+        if not self.families():
+            raise InputError(f"pictures: expected some of {', '.join(FAMILIES)}, got none")
+
+    def families(self) -> list[str]:
+        """Every family as often as it occurs."""
+        return [name for name in FAMILIES for _ in range(getattr(self, name))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +66,27 @@ class Recipe:
     Attributes:
         model: checkpoint directory that training begins from.
         data, held_out: chats in JSON Lines, see `chats`; those held out are scored before each checkpoint.
+        pictures: what is drawn and learned from in place of `data`.
         part: what is trained: `adapter` (vision encoder, projector, cross-attention), `lora`, or `full`.
         loss: `supervised` (the assistant's tokens) or `preference` (DPO with `beta`, on chosen and rejected answers).
         steps: how many updates, each of `samples` chats, `accumulate` times.
         length: the most tokens of a chat; a longer one is left out (`drop`) or cut behind (`cut`).
         learning_rate: its peak, after a linear `warmup` (a part of the steps), before a cosine down to nothing.
-        weight_decay, clip: AdamW's decay, of matrices only, and the most that the gradient's norm may be.
+        weight_decay, b2, clip: AdamW's decay, of matrices only, how much of its mean of squares a step keeps, and the
+            most that the gradient's norm may be.
         dtype: of the computation and of frozen parameters; what is trained is float32.
         quantize: `int8` or `int4`, what the decoder's frozen kernels are kept in; for `lora`.
         remat: what the backward pass does again of each `layer`: all, all but its products (`dots`), or `nothing`.
         preset: how a mesh of all devices is used: `fsdp`, `fsdp+tensor` ...; one device by default.
         save_every, keep: checkpoints; the last and the best `keep` stay.
+        workers: processes that make batches; threads of the one that trains do where there are none.
     """
 
     model: str
-    data: str
     part: Part
     steps: int
+    data: str | None = None
+    pictures: Pictures | None = None
     held_out: str | None = None
     loss: str = "supervised"
     samples: int = 8
@@ -64,6 +96,7 @@ class Recipe:
     learning_rate: float = 1e-4
     warmup: float = 0.03
     weight_decay: float = 0.0
+    b2: float = 0.999
     clip: float = 1.0
     beta: float = 0.1
     dtype: str = "bfloat16"
@@ -72,6 +105,7 @@ class Recipe:
     preset: str | None = None
     save_every: int = 100
     keep: int = 2
+    workers: int = 0
     seed: int = 0
     lora: Lora = dataclasses.field(default_factory=Lora)
 
@@ -82,6 +116,18 @@ class Recipe:
         for name in POSITIVE:
             if (value := getattr(self, name)) <= 0:
                 raise InputError(f"{name}: expected more than 0, got {value}")
+        if (self.data is None) == (self.pictures is None):
+            raise InputError(
+                "data: missing; a recipe has to say it, or have a table [pictures]"
+                if self.data is None
+                else "pictures: drawn in place of data; expected one of the two, got both"
+            )
+        if self.pictures is not None and self.loss != "supervised":
+            raise InputError(f"pictures: dialogues with one answer; expected loss 'supervised', got {self.loss!r}")
+        if self.workers < 0:
+            raise InputError(f"workers: expected at least 0, got {self.workers}")
+        if not 0 < self.b2 < 1:
+            raise InputError(f"b2: expected a part between 0 and 1, got {self.b2}")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup: expected a part of the steps, from 0 to below 1, got {self.warmup}")
         if self.quantize and self.part != "lora":
@@ -101,7 +147,7 @@ class Recipe:
         def matrices(params: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-        adam = optax.adamw(schedule, weight_decay=self.weight_decay, mask=matrices)
+        adam = optax.adamw(schedule, b2=self.b2, weight_decay=self.weight_decay, mask=matrices)
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 
@@ -136,10 +182,10 @@ def _fill(kind: type, content: Any, prefix: str) -> Any:
     values = {}
     for name, value in content.items():
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _fill(hint, value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
-            continue
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if dataclasses.is_dataclass(kinds[0]):
+            values[name] = _fill(kinds[0], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+            continue
         wanted = str if str in kinds or typing.get_origin(hint) is typing.Literal else kinds[0]
         if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             raise InputError(f"{prefix}{name}: expected {wanted.__name__}, got {value!r}")

@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from mllama_jax.train.checkpoints import Checkpoints
 from mllama_jax.train.export import write_trained
 from mllama_jax.train.history import History
 from mllama_jax.train.loader import Batches, Order, own_samples, placed
-from mllama_jax.train.objective import Frozen, optimizer_of, part_loss
+from mllama_jax.train.objective import READING, Frozen, optimizer_of, part_loss
 from mllama_jax.train.parts import init_lora, is_trained, lora_shapes, split
+from mllama_jax.train.pictures.drawn import Drawings
+from mllama_jax.train.pictures.reading import init_reading
 from mllama_jax.train.recipe import Recipe
 from mllama_jax.train.step import Report, Step, TrainState, train_step
 
@@ -41,6 +43,9 @@ def start(recipe: Recipe, loaded: Mllama) -> tuple[Params, Frozen]:
     params, frozen = split(loaded.params, loaded.config, recipe.part)
     if recipe.part == "lora":
         params = _placed_lora(recipe, loaded)
+    if recipe.pictures is not None:
+        rules, reading = loaded.model.constrain, init_reading(loaded.config)
+        params[READING] = jax.device_put(reading, rules.sharding()) if isinstance(rules, Rules) else reading
     if recipe.loss != "preference":
         return params, Frozen(frozen)
     copy = jax.jit(functools.partial(jax.tree.map, lambda leaf: leaf.astype(recipe.dtype)))
@@ -102,8 +107,8 @@ class Trainer:
             loaded.tokenizer, loaded.template, loaded.config, recipe.rows,
             min(recipe.length, loaded.config.text.context), recipe.too_long,
         )  # fmt: skip
-        batches = _batches(recipe, recipe.data, reader, mine, recipe.steps)
-        held_out = None if recipe.held_out is None else _batches(recipe, recipe.held_out, reader, mine, None)
+        batches = _batches(recipe, _source(recipe, reader), mine, recipe.steps)
+        held_out = None if recipe.held_out is None else _batches(recipe, Chats(recipe.held_out, reader), mine, None)
         agree({str(each.chats.path): each.chats.digest for each in (batches, held_out) if each is not None})
         params, frozen = start(recipe, loaded)
         loss, optimizer = functools.partial(part_loss, recipe, model), optimizer_of(recipe)
@@ -136,10 +141,17 @@ class Trainer:
         return total / count
 
 
-def _batches(recipe: Recipe, path: str, reader: Reader, mine: slice, steps: int | None) -> Batches:
-    chats, accumulate = Chats(path, reader), recipe.accumulate if steps else 1
+def _source(recipe: Recipe, reader: Reader) -> Chats | Drawings:
+    if recipe.pictures is not None:
+        return Drawings(recipe.pictures, recipe.steps * recipe.samples * recipe.accumulate, recipe.seed, reader)
+    assert recipe.data is not None
+    return Chats(recipe.data, reader)
+
+
+def _batches(recipe: Recipe, chats: Chats | Drawings, mine: slice, steps: int | None) -> Batches:
+    accumulate = recipe.accumulate if steps else 1
     order = Order(chats, recipe.samples * accumulate, recipe.seed if steps else None)
-    return Batches(chats, order, steps or len(order), recipe.samples, accumulate, mine)
+    return Batches(chats, order, steps or len(order), recipe.samples, accumulate, mine, recipe.workers if steps else 0)
 
 
 class Preempted(Exception):
@@ -180,10 +192,11 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         trainer.state = found[0]
         reader.set_state(found[1])
     history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
-    with _notice() as noticed, history:
+    with closing(reader), _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
     checkpoints.close()
-    result = write_trained(out, recipe, trainer.loaded.config, trainer.state.params)
+    params = {name: leaf for name, leaf in trainer.state.params.items() if name != READING}
+    result = write_trained(out, recipe, trainer.loaded.config, params)
     return {
         **history.summary(),
         "dropped": trainer.batches.chats.dropped,

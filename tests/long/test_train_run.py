@@ -94,7 +94,7 @@ BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("pairs", [line(0)], {"loss": "preference"}, "a list of messages under 'chosen' and 'rejected'"),
     ("part", [line(0)], {"part": "head"}, "recipe.toml: part: expected adapter, lora, full, got 'head'"),
     ("type", [line(0)], {"steps": "8"}, "recipe.toml: steps: expected int, got '8'"),
-    ("key", [line(0)], {"stepps": 8}, "recipe.toml: stepps: not known; known are model, data, "),
+    ("key", [line(0)], {"stepps": 8}, "recipe.toml: stepps: not known; known are model, part, "),
     ("sign", [line(0)], {"samples": 0}, "recipe.toml: samples: expected more than 0, got 0"),
     ("int8", [line(0)], {"quantize": "int8", "part": "full"}, "int8 kernels cannot be trained; expected part 'lora'"),
     ("lora", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),

@@ -27,11 +27,16 @@ def sample(family: str, rng: np.random.Generator) -> Example:
     return FAMILIES[family](rng)
 
 
+def training_seed(seed: int, number: int) -> list[int]:
+    """What the random numbers of a training stream, or of one of its dialogues, begin from."""
+    return [_TRAINING, seed, number]
+
+
 def training(seed: int, worker: int, shares: Mapping[str, float] | None = None) -> Iterator[Example]:
     """The endless stream of one worker: families mixed by `shares` (of any sum), in equal parts where not given."""
     shares = shares or dict.fromkeys(FAMILIES, 1.0)
     families, bounds = list(shares), np.cumsum(list(shares.values()))
-    rng = np.random.default_rng([_TRAINING, seed, worker])
+    rng = np.random.default_rng(training_seed(seed, worker))
     while True:
         yield sample(families[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))], rng)
 
