@@ -104,13 +104,15 @@ def test_who_guesses_nothing_right_changes_nothing(
     assert sum(forwards) > 0.9 * 39
 
 
-def test_a_draft_guesses_as_it_would_answer(tiny: Mllama, forwards: list[int]) -> None:
-    """Right or wrong before, it goes on from what was accepted: forwards are as many as when it reads all anew."""
+def test_a_draft_guesses_as_it_would_answer(tiny: Mllama, picture: Draw, forwards: list[int]) -> None:
+    """Right or wrong before, it goes on from what was accepted, without the picture: forwards are as many as when it
+    reads all anew."""
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda x: x + 0.1 * x.std() * rng.standard_normal(x.shape).astype(x.dtype), tiny.params)
     draft, prompt = dataclasses.replace(tiny, params=noisy), rng.integers(0, 512, 130).tolist()
     settings: dict[str, Any] = {"stop_ids": ()}
-    (answer,) = tiny._answers([Prompt(prompt, [])], [SamplingParams(max_new_tokens=60, **settings)], None, K, draft)
+    shown = Prompt([*prompt[:9], IMAGE, *prompt[9:]], [picture(1)])
+    (answer,) = tiny._answers([shown], [SamplingParams(max_new_tokens=60, **settings)], None, K, draft)
     made, told, right, position = answer.tokens, sum(forwards), [], 1
     while position < len(made):
         (guessed,) = draft.generate_tokens([prompt + made[:position]], [[]], max_new_tokens=K, **settings)
