@@ -77,13 +77,6 @@ def test_int8_caches_equal_those_of_one_device(spread_directory: Path) -> None:
         assert found["float32"] > 1e-3, found
 
 
-def test_a_draft_guesses_alike_on_a_mesh(spread_directory: Path) -> None:
-    """The same answers, and as many forwards, which are fewer than plain decoding's ten."""
-    found = json.loads(run(8, "drafted", str(spread_directory)))
-    assert found["tokens"]
-    assert found["forwards"] == [6, 6]
-
-
 def test_our_layout_restores_on_a_mesh(spread_directory: Path) -> None:
     assert run(8, "restore", str(spread_directory)) == "restored\n"
 

@@ -1,7 +1,7 @@
-"""A draft model: guess what follows by a small model's own decoding, with the settings and random numbers of the large.
+"""A draft model: guess what follows as a small model would go on, by the settings and random numbers of the large one.
 
-Drawing with the same random numbers, two models that find the same tokens likely choose the same ones: the Gumbel noise
-that is added to their logits is the same. Chen et al., arXiv 2302.01318, have the draft and the loop around it.
+With the same Gumbel noise on their logits, two models whose distributions are D apart in total variation choose the
+same token with probability (1 - D) / (1 + D) or more. Daliri et al., arXiv 2408.07978.
 """
 
 from __future__ import annotations
