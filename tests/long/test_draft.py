@@ -39,7 +39,7 @@ def test_the_tokens_a_forward_that_the_readme_tells(monkeypatch: pytest.MonkeyPa
         for draft in (None, model):
             forwards.clear()
             prompts = [model.prompt(messages[:1]) for messages in asked]
-            params = [SamplingParams(seed=i, **settings) for i in range(len(asked))]
+            params = [SamplingParams(max_new_tokens=128, seed=i, **settings) for i in range(len(asked))]
             answers.append(
                 [model._answers([p], [s], None, 4, draft)[0].tokens for p, s in zip(prompts, params, strict=True)]
             )
@@ -47,17 +47,9 @@ def test_the_tokens_a_forward_that_the_readme_tells(monkeypatch: pytest.MonkeyPa
         assert answers[0] == answers[1]
         return found
 
-    asked = {family: [conversation(example) for example in held_out(family, 50)] for family in FAMILIES}
-    long = [messages for family in FAMILIES for messages in asked[family][:2]]
-    found = {family: rates(asked[family]) for family in FAMILIES}
+    asked = [conversation(example) for family in FAMILIES for example in held_out(family, 10)]
+    found = {"questions": rates(asked)}
     for temperature in (0, 1):
-        found[f"at {temperature}"] = rates(long, temperature=temperature, max_new_tokens=128, stop_ids=())
-    told = {
-        "scenes": (1.00, 1.16),
-        "charts": (1.00, 1.05),
-        "text": (1.03, 1.08),
-        "pairs": (1.00, 1.16),
-        "at 0": (3.67, 3.76),
-        "at 1": (3.58, 3.92),
-    }
+        found[f"at {temperature}"] = rates(asked[::5], temperature=temperature, stop_ids=())
+    told = {"questions": (1.01, 1.13), "at 0": (3.89, 4.05), "at 1": (3.68, 3.88)}
     assert found == {name: pytest.approx(pair, rel=0.02) for name, pair in told.items()}
