@@ -24,8 +24,9 @@ from mllama_jax.generate.batch import Rows, bucket, make_rows
 from mllama_jax.generate.chat import Chat
 from mllama_jax.generate.decode import Made
 from mllama_jax.generate.decoding import blocks
-from mllama_jax.generate.lookup import checked
+from mllama_jax.generate.draft import Draft
 from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.generate.speculate import checked
 from mllama_jax.look import Look, view, words_of
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
@@ -132,6 +133,7 @@ class Mllama:
         *,
         tools: Tools | None = None,
         lookup: int = 0,
+        draft: Mllama | None = None,
         **settings: Any,
     ) -> list[Completion]:
         """Answer conversations: lists of {"role", "content"} with parts {"type": "text" | "image", ...}.
@@ -141,6 +143,8 @@ class Mllama:
             tools: JSON schemas of functions that the model may call, for its chat template.
             lookup: how many tokens to guess at once from what is written already, 0 for none: faster where answers
                 repeat the prompt or themselves. They are the same, sampled or not, up to the rounding of other shapes.
+            draft: a smaller model of the same vocabulary, text-only or not, that guesses these `lookup` tokens instead.
+                It does not see the pictures. Loaded on the model's mesh if there is one.
 
         Returns:
             the answers in order, `n` of them for each conversation.
@@ -157,29 +161,40 @@ class Mllama:
             raise InputError("params must be a list, one SamplingParams for each conversation")
         if len(params) != len(conversations):
             raise InputError(f"params must be as many as conversations, got {len(params)} and {len(conversations)}")
-        return self.complete([self.prompt(conversation, tools) for conversation in conversations], params, lookup)
+        prompts = [self.prompt(conversation, tools) for conversation in conversations]
+        return self.complete(prompts, params, lookup, draft)
 
     def complete(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], lookup: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        lookup: int = 0,
+        draft: Mllama | None = None,
     ) -> list[Completion]:
         """As `generate`, of conversations that `prompt` has read, or prompts of one's own."""
         each = [(prompt, one) for prompt, all_n in zip(prompts, params, strict=True) for one in all_n.each()]
         own_prompts, own_params = [prompt for prompt, _ in each], [one for _, one in each]
-        answers = self._answers(own_prompts, own_params, self._tokenizer(), checked(lookup))
+        answers = self._answers(own_prompts, own_params, self._tokenizer(), lookup, draft)
         return [answer.completion(len(prompt.tokens)) for answer, (prompt, _) in zip(answers, each, strict=True)]
 
     def stream(
-        self, conversation: Conversation, *, tools: Tools | None = None, lookup: int = 0, **settings: Any
+        self,
+        conversation: Conversation,
+        *,
+        tools: Tools | None = None,
+        lookup: int = 0,
+        draft: Mllama | None = None,
+        **settings: Any,
     ) -> Generator[str, None, None]:
         """Answer one conversation piece by piece; a piece never ends inside a character or a stop text.
 
-        Closing the iterator ends the work. `lookup` as in `generate`.
+        Closing the iterator ends the work. `lookup` and `draft` as in `generate`.
         """
         params, prompt = SamplingParams.of(settings), self.prompt(conversation, tools)
         if params.n != 1:
             raise InputError(f"n must be 1 to stream, got {params.n}")
         (answer,) = self._start([params], self._tokenizer())
-        blocks = self._blocks([prompt], [answer], checked(lookup))
+        blocks = self._blocks([prompt], [answer], *self._guesses(lookup, draft))
         return (piece for block, (columns, *_) in blocks if (piece := answer.push(block, 0, columns)))
 
     def chat(self, *, tools: Tools | None = None) -> Chat:
@@ -281,10 +296,11 @@ class Mllama:
         params: Sequence[SamplingParams],
         tokenizer: Tokenizer | None = None,
         lookup: int = 0,
+        draft: Mllama | None = None,
     ) -> list[Answer]:
         """Each prompt's finished answer; text only with a tokenizer."""
-        answers = self._start(params, tokenizer)
-        for block, columns in self._blocks(prompts, answers, lookup):
+        answers, guesses = self._start(params, tokenizer), self._guesses(lookup, draft)
+        for block, columns in self._blocks(prompts, answers, *guesses):
             for row, answer in enumerate(answers):
                 answer.push(block, row, columns[row])
         return answers
@@ -296,8 +312,15 @@ class Mllama:
             Answer(each, self.config.stops if each.stop_ids is None else each.stop_ids, tokenizer) for each in params
         ]
 
+    def _guesses(self, lookup: int, draft: Mllama | None) -> tuple[int, Draft | None]:
+        """How many tokens to guess at once, and who guesses."""
+        if draft is not None and not isinstance(draft, Mllama):
+            raise InputError(f"draft: expected a loaded model, got {type(draft).__name__}; load it first")
+        k = checked(lookup, draft)
+        return k, None if draft is None else Draft.of(self.model, draft.model, draft.params)
+
     def _blocks(
-        self, prompts: Sequence[Prompt], answers: Sequence[Answer], lookup: int
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], lookup: int = 0, draft: Draft | None = None
     ) -> Iterator[tuple[Made, Sequence[int]]]:
         """Blocks of new tokens on the host and how many columns each row made of them, until all have ended."""
         limits = [answer.params.max_new_tokens for answer in answers]
@@ -309,7 +332,7 @@ class Mllama:
         cache = decode.new_cache(self.model, len(rows.tokens), length)
         everyone, texts = [*answers, *idle], [*tokens, *[[]] * spare]
         for block, columns in blocks(
-            self.model, self.params, everyone, texts, (rows.tokens, rows.lengths), cache, cross, lookup
+            self.model, self.params, everyone, texts, (rows.tokens, rows.lengths), cache, cross, lookup, draft
         ):
             for row, answer in enumerate(idle, start=len(tokens)):
                 answer.push(block, row, columns[row])

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--lookup", type=int, default=0, metavar="K", help="guess K tokens at once from what is written"
     )
+    generate.add_argument("--draft", metavar="DIR", help="a small model that guesses the K tokens of --lookup instead")
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk about pictures in the terminal")
@@ -151,20 +152,30 @@ def default_dtype() -> str:
 
 
 def load_model(args: argparse.Namespace) -> Mllama:
+    start_jax(args)
+    return _load(args, args.model)
+
+
+def start_jax(args: argparse.Namespace) -> None:
+    """Settle what the arguments leave to the devices that there are."""
     with stage("starting JAX"):
         import jax
 
+        use_compilation_cache()
+        args.dtype = args.dtype or default_dtype()
+        args.preset = args.preset or ("serve" if jax.process_count() > 1 else None)
+
+
+def _load(args: argparse.Namespace, path: str | Path) -> Mllama:
+    """The checkpoint at `path`, on the mesh of the arguments' model."""
+    with stage(f"loading {path}"):
         from mllama_jax import load
         from mllama_jax.loading import preset_mesh
 
-        use_compilation_cache()
-        args.dtype = args.dtype or default_dtype()
-        preset = args.preset or ("serve" if jax.process_count() > 1 else None)
-    with stage(f"loading {args.model}"):
-        if preset is None:
-            return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache)
-        mesh = preset_mesh(args.model, preset)
-        return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache, mesh=mesh, rules=preset)
+        if args.preset is None:
+            return load(path, dtype=args.dtype, quantize=args.quantize, cache=args.cache)
+        mesh = preset_mesh(args.model, args.preset)
+        return load(path, dtype=args.dtype, quantize=args.quantize, cache=args.cache, mesh=mesh, rules=args.preset)
 
 
 def join(args: argparse.Namespace) -> None:
@@ -188,27 +199,29 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from mllama_jax.generate.lookup import checked
+    from mllama_jax.generate.speculate import checked
     from mllama_jax.processing.image import open_image
 
-    sampling, lookup = _sampling(args), checked(args.lookup)
+    sampling, lookup = _sampling(args), checked(args.lookup, args.draft)
     if args.look is not None:
         _check_look(args.look, args.image)
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(path)} for path in args.image]
     conversation = [{"role": "user", "content": [*content, {"type": "text", "text": args.question}]}]
     join(args)
-    model = load_model(args)
+    start_jax(args)
+    draft = _load(args, args.draft) if args.draft is not None else None
+    model = _load(args, args.model)
     if not_first():  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.json:
         start = time.monotonic()
-        completion = model.generate([conversation], lookup=lookup, **sampling)[0]
+        completion = model.generate([conversation], lookup=lookup, draft=draft, **sampling)[0]
         seconds = round(time.monotonic() - start, 3)
         report = {**dataclasses.asdict(completion), "model": str(args.model), "dtype": args.dtype, "seconds": seconds}
         print(json.dumps(report))
         answer = completion.text
     else:
-        pieces = model.stream(conversation, lookup=lookup, **sampling)
+        pieces = model.stream(conversation, lookup=lookup, draft=draft, **sampling)
         with stage("reading the prompt (compiles on first use)"):
             answer = next(pieces, "")
         print(answer, end="", flush=True)

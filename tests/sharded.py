@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -17,13 +18,15 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 import mllama_jax
-from mllama_jax import Mllama
+from mllama_jax import Mllama, SamplingParams
 from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
+from mllama_jax.generate import speculate
 from mllama_jax.model import attention, tpu_attention
-from mllama_jax.model.layers import Unconstrained
+from mllama_jax.model.layers import Unconstrained, unconstrained
+from mllama_jax.processing.chat import Prompt
 from mllama_jax.sharding.hlo import KINDS
 from mllama_jax.sharding.mesh import make_mesh
 from mllama_jax.sharding.programs import Programs, Workload, compile_program
@@ -139,6 +142,26 @@ def cached(directory: str) -> None:
         print(json.dumps({"rules": rules, "error": error, "float32": other, "tokens": made == tokens}))
 
 
+def drafted(directory: str) -> None:
+    """Answers by a model's own guesses, which see no pictures, on a mesh and on one device; prints forwards of both."""
+    tokens, images = rows()
+    prompts = [Prompt(*row) for row in zip(tokens, images, strict=True)]
+    params = [SamplingParams(max_new_tokens=11, stop_ids=(), temperature=i % 2, seed=i) for i in range(len(prompts))]
+    forwards, found, dispatch = [], [], speculate.decode
+
+    def counting(*args: Any, **options: Any) -> Any:
+        result = dispatch(*args, **options)
+        forwards.append(int(result[4]))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculate, "decode", counting)
+        for mesh in (None, make_mesh({"data": 2, "kv": 2, "q": 2}, jax.devices())):
+            model = mllama_jax.load(directory, dtype="float32", mesh=mesh)
+            found.append([answer.tokens for answer in model._answers(prompts, params, lookup=4, draft=model)])
+    print(json.dumps({"tokens": found[0] == found[1], "forwards": forwards}))
+
+
 def kernels(directory: str) -> None:
     """A TPU's attention kernels, interpreted, on one device and on a mesh against XLA; prints errors."""
     wanted, tokens = answers(mllama_jax.load(directory, dtype="float32"))
@@ -200,6 +223,11 @@ def refuse(directory: str) -> None:
     split = mllama_jax.load(directory, dtype="float32", mesh=mesh(2, 2, 2))
     with pytest.raises(InputError, match="a chat is one row and the mesh splits rows in 2"):
         split.chat()
+    rows = Rules.of(mesh(2, 2, 2), {"batch": ("data", "kv", "q")})
+    for other, message in ((unconstrained, "on the same mesh"), (rows, "split rows in 8 and the model's in 2")):
+        draft = dataclasses.replace(split, model=split.model.clone(constrain=other))
+        with pytest.raises(InputError, match=f"draft: .*{message}"):
+            split.generate([[{"role": "user", "content": "hi"}]], lookup=4, draft=draft)
     kernel = split.params["text"]["layers_0"]["mlp"]["gate_up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 4
     print("refused")
@@ -235,6 +263,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, packed, cached, kernels, refuse, restore, clean):
+    for task in (compare, quantized, packed, cached, drafted, kernels, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

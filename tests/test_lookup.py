@@ -14,7 +14,7 @@ from PIL import Image
 import mllama_jax
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
-from mllama_jax.generate import lookup
+from mllama_jax.generate import lookup, speculate
 from mllama_jax.processing.chat import Prompt
 
 Draw = Callable[..., Image.Image]
@@ -30,14 +30,14 @@ def tiny(tiny_directory: Path) -> Mllama:
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     """Of each dispatch the tokens of each row, and how many forwards they took."""
-    seen, dispatch = [], lookup.decode
+    seen, dispatch = [], speculate.decode
 
     def counting(*args: Any, **options: Any) -> Any:
         result = dispatch(*args, **options)
         seen.append((result[3].tolist(), int(result[4])))
         return result
 
-    monkeypatch.setattr(lookup, "decode", counting)
+    monkeypatch.setattr(speculate, "decode", counting)
     return seen
 
 

@@ -234,17 +234,24 @@ def decode(
         i, state, _ = carry
         return (i < steps) & ~state.done.all()
 
-    def step(carry: tuple) -> tuple:
+    def make(carry: tuple) -> tuple:
         i, state, block = carry
-        x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-        position = jnp.minimum(state.position + 1, cache[0].length - 1)  # a row that is done stays inside
-        logits = call(model, params, "logits", x[:, 0])
-        state, made = choose(logits, state.replace(cache=cache, position=position), settings, top)
+        state, made = step(model, params, state, cross, settings, top)
         return i + 1, state, jax.tree.map(lambda columns, column: columns.at[:, i].set(column), block, made)
 
     block = columns_of(rows, STEPS, top)
-    columns, state, block = jax.lax.while_loop(more, step, (jnp.int32(0), state, block))
+    columns, state, block = jax.lax.while_loop(more, make, (jnp.int32(0), state, block))
     return state, block, columns
+
+
+def step(
+    model: MllamaModel, params: Params, state: State, cross: CrossCache | None, settings: Settings, top: int
+) -> tuple[State, Made]:
+    """Read each row's token and choose the next."""
+    x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
+    position = jnp.minimum(state.position + 1, cache[0].length - 1)  # a row that is done stays inside
+    logits = call(model, params, "logits", x[:, 0])
+    return choose(logits, dataclasses.replace(state, cache=cache, position=position), settings, top)
 
 
 def columns_of(rows: int, columns: int, top: int) -> Made:

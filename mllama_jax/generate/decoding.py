@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from mllama_jax.generate import decode
-from mllama_jax.generate import lookup as guessing
+from mllama_jax.generate import decode, speculate
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.decode import STEPS, Made
+from mllama_jax.generate.draft import Draft
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params
@@ -25,24 +25,28 @@ def blocks(
     cache: tuple[KVCache, ...],
     cross: CrossCache | None,
     lookup: int = 0,
+    draft: Draft | None = None,
 ) -> Iterator[tuple[Made, Sequence[int]]]:
     """Let answers grow together: blocks of new tokens on the host, and how many of their columns each row made.
 
     `rows` are the prompts as padded tokens int [B, T] and their lengths int [B]; an empty cache is taken. `lookup` is
-    how many tokens to guess at once (see `lookup`), for which the cache has as many positions more. Whoever takes a
+    how many tokens to guess at once (see `speculate`), for which the cache has as many positions more. Whoever takes a
     block pushes it to the answers before asking for the next.
     """
     top = max(answer.params.logprobs for answer in answers)
     settings = Settings.of([each.params for each in answers], prompts, model.config.stops, model.config.text.vocab)
     state, first = decode.prefill(model, params, *rows, cache, cross, settings, top=top)
     yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), [1] * len(answers)
-    written = guessing.begin(rows[0], state, length=state.cache[0].length + lookup + 1) if lookup else None
+    text = None
+    if lookup:
+        length, image_token = state.cache[0].length, model.config.image_token
+        text = speculate.begin(draft, *rows, state.token, settings, image_token=image_token, length=length, k=lookup)
     while not all(answer.finish_reason for answer in answers):
         ended = np.array([answer.finish_reason is not None for answer in answers])  # by a stop text, which we see
         state = state.replace(done=state.done | ended)
-        if written is not None:
-            state, written, block, columns, _ = guessing.decode(
-                model, params, state, written, cross, settings, steps=STEPS, top=top, k=lookup
+        if text is not None:
+            state, text, block, columns, _ = speculate.decode(
+                model, params, draft, state, text, cross, settings, steps=STEPS, top=top, k=lookup
             )
             yield decode.on_host(block), decode.on_host(columns).tolist()
         else:

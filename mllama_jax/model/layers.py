@@ -29,6 +29,11 @@ class Constrain(Protocol):
         """What its devices are: "cpu", "gpu" or "tpu"."""
         ...
 
+    @property
+    def mesh(self) -> object:
+        """The mesh, None without one."""
+        ...
+
     def parts(self, name: str | None) -> int:
         """In how many parts a logical axis is split."""
         ...
@@ -40,6 +45,8 @@ class Constrain(Protocol):
 
 class Unconstrained:
     """No mesh."""
+
+    mesh = None
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x
