@@ -65,15 +65,13 @@ def main() -> None:
         raise InputError(f"{args.model}: expected a model that sees, got one of text only; choose another")
     if args.versus and config != PRESETS["11b-instruct"]:
         raise InputError(f"--versus peft: expected the shapes of 11b-instruct, got {args.model}; leave it out")
-    recipes = {
-        f"ours, remat {remat}": Recipe("", "", "lora", steps=1000, samples=args.rows, length=args.length, remat=remat)
-        for remat in args.remat
-    }
+    lora = Recipe(model="", data="", part="lora", steps=1000, samples=args.rows, length=args.length)
+    recipes = {f"ours, remat {remat}": dataclasses.replace(lora, remat=remat) for remat in args.remat}
     found: dict[str, Cost] = {}
     if args.versus:  # first: JAX keeps the memory that it once had
         theirs = bench.ask_peer("lora", "--rows", args.rows, "--prompt", args.length)
         rate = args.rows * args.length / theirs["seconds"]
-        share = share_of_chip(config, next(iter(recipes.values())), theirs["seconds"])
+        share = share_of_chip(config, lora, theirs["seconds"])
         found["transformers and PEFT"] = Cost(theirs["seconds"], rate, share, int(theirs["peak"]))
     for name, recipe in recipes.items():
         found[name] = cost(config, recipe)

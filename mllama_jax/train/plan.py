@@ -70,8 +70,8 @@ def train_plan(
     """
     if topology.chip.platform != "tpu":
         raise InputError(
-            f"--train asks the TPU's compiler, which knows no {topology.chip.name}; choose a slice of TPUs, or on such a "
-            "machine measure a step of LoRA: python -m mllama_jax.train.measure"
+            f"--train asks the TPU's compiler, which knows no {topology.chip.name}; choose a slice of TPUs, or on "
+            "such a machine measure a step of LoRA: python -m mllama_jax.train.measure"
         )
     rules = programs_on(config, topology, preset, group).rules
     if load.slots % rules.parts("batch"):
