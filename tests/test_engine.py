@@ -77,7 +77,7 @@ def cases(tiny: Mllama) -> list[Case]:
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short blocks and chunks, so that much happens between them."""
-    for name, value in (("STEPS", 4), ("CHUNK", 16), ("CHUNKS", 2), ("WORTH_A_COPY", 8)):
+    for name, value in (("STEPS", 4), ("CHUNK", 16), ("CHUNKS", 2), ("LEAST", 64), ("WORTH_A_COPY", 8)):
         monkeypatch.setattr(engine, name, value)
 
 
@@ -115,7 +115,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> random.Random:
 
     for module, names in (
         (decode, ("encode", "keys_values", "decode", "on_host")),
-        (slots, ("read", "copy_row", "take_tiles", "put_tiles", "longer")),
+        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "longer")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, fails(getattr(module, name)))
@@ -190,7 +190,7 @@ def test_a_follower_runs_the_same_programs(
 
     for module, names in (
         (decode, ("encode", "keys_values", "decode")),
-        (slots, ("read", "copy_row", "take_tiles", "put_tiles", "longer")),
+        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "longer")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
@@ -388,7 +388,7 @@ def test_first_come_first_served(tiny: Mllama) -> None:
 
 
 def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
-    served = Engine(tiny.model, tiny.params, slots=2, context=500)
+    served = Engine(tiny.model, tiny.params, slots=2, context=1100)
 
     def held() -> int:
         return sum(x.nbytes for x in jax.tree.leaves(served._caches))
@@ -397,7 +397,7 @@ def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
     text = held()
     serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
     one = held()
-    serve(served, ask(tiny, [512, *range(300)]))
+    serve(served, ask(tiny, [512, *range(600)]))
     assert text < one < held()
     serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(9)))
     before = held()

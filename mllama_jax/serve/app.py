@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any
 
 import jax
+from jax.errors import JaxRuntimeError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -25,6 +26,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.generate import requests
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.warm import warm_up
 from mllama_jax.processes import versions
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
@@ -54,12 +56,14 @@ class Limits:
 
     Attributes:
         queue: requests that may wait for a slot.
+        pictures: of a request.
         body: bytes of a request, which must come within `seconds`.
         hosts: from which pictures may be fetched.
         keys: one of which a request must bear, if there are any.
     """
 
     queue: int = 256
+    pictures: int = 4
     body: int = 32 * 2**20
     seconds: float = 30.0
     hosts: frozenset[str] = frozenset()
@@ -82,13 +86,17 @@ class Service:
     def __init__(
         self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits, guard: Mllama | None = None
     ):
+        self.guard: Guard | None = None
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
         self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
         self.replies = Replies(name, model.tokenizer)
         self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
-        self.worker = Worker(Engine(model.model, model.params, slots=slots, context=context), turns)
-        self.guard = None if guard is None else Guard(guard, slots=slots, turns=turns, aside=self._aside)
+        pictures = min(limits.pictures, 1), limits.pictures
+        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=pictures)
+        self.worker = Worker(engine, turns)
+        if guard is not None:
+            self.guard = Guard(guard, slots=slots, context=engine.context, turns=turns, aside=self._aside)
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
@@ -179,11 +187,23 @@ class Service:
         seen = 0 if vision is None else pictures * vision.max_tiles * vision.padded_tokens
         return min(self.worker.engine.context, SCORES // (text.heads * max(seen, 1)))
 
-    async def warm(self, conversation: list[Any]) -> None:
-        """Answer a conversation shortly, which compiles what such ones need."""
-        async for _ in self.answer(conversation, max_new_tokens=2):
-            pass
-        await self._judge(conversation)
+    async def warm_up(self, told: Callable[[int, int], None]) -> None:
+        """Compile all that the engines will run, and be ready; `told` hears how many of how many steps are done."""
+        loop = asyncio.get_running_loop()
+        for worker in self._workers():
+            steps = warm_up(worker.engine)
+            try:
+                while (step := await loop.run_in_executor(self._turns, next, steps, None)) is not None:
+                    told(*step)
+            except JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                have = f"{len(self.worker.engine.slots)} slots of {self.worker.engine.context} positions"
+                raise InputError(
+                    f"{have} and {self.limits.pictures} pictures do not fit into memory beside the weights; lower "
+                    "--slots, --context or --images"
+                ) from None
+        self.ready = True
 
     async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
         """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""

@@ -33,6 +33,7 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.generate.warm import warm_up
 from mllama_jax.processes import LOST, coordinator_host, leave, place, store
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.tokenizer import Tokenizer
@@ -177,6 +178,8 @@ class Follower:
         leader = Connection(peer)
         for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
             signal.signal(number, lambda *_: leader.send(b""))
+        for _ in warm_up(self.engine):
+            pass
         while message := leader.receive():
             self.follow(message)
         if message is None:
