@@ -35,7 +35,9 @@ from mllama_jax.processing.chat import Prompt
 from mllama_jax.serve.app import Limits, Service
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
-from tests.served import Start, metric, post, starting
+from tests.served import Start, compiled, logs, metric, post, starting
+
+CONTEXT = 1600  # more than a slot has room for at first
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def url(start: Start) -> str:
-    return start("--slots", "4", "--context", "512")[1]
+    return start("--slots", "4", "--context", str(CONTEXT), "--images", "2", JAX_LOG_COMPILES="1")[1]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,30 @@ def test_answers_are_held_to_a_schema(client: openai.OpenAI, model: Mllama) -> N
     assert len({json.dumps(each) for each in found}) > 2
 
 
+def test_nobody_waits_for_the_compiler(url: str) -> None:
+    """Once a server is ready nothing is compiled, whatever is asked for and however caches grow."""
+    (question, *_) = questions(1)
+    beginning = [5] * 100
+    for settings in (
+        {},
+        {"stop_token_ids": [7, 8, 9, 10]},
+        {"temperature": 1, "n": 3, "top_p": 0.9},
+        {"logprobs": True, "top_logprobs": 2},
+        {"logit_bias": {"7": 1}, "frequency_penalty": 1},
+        {"response_format": {"type": "json_object"}, "max_tokens": 4},
+    ):
+        assert post(url, "/v1/chat/completions", HELLO | {"messages": asked(question)} | settings)[0] == 200
+
+    def complete(prompt: list[int]) -> int:
+        return post(url, "/v1/completions", {"prompt": prompt, "max_tokens": 12, "temperature": 0})[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for lengths in (range(8), range(120, 480, 50), range(500, 1500, 120)):
+            assert set(pool.map(complete, ([*beginning, *[6] * length] for length in lengths))) == {200}
+    assert '"warming up"' in logs[url].read_text()
+    assert compiled(url) == []
+
+
 def test_text_completions(client: openai.OpenAI, model: Mllama) -> None:
     assert model.tokenizer is not None
     ids = [model.tokenizer.bos, *model.tokenizer.encode("What", specials=False)]
@@ -244,7 +270,7 @@ BOMB = Image.new("1", (15000, 15000))
         ({"n": 10**9, "temperature": 1}, "n must be at most 128"),
         ({"max_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
         ({"max_tokens": "many"}, "max_new_tokens must be an integer"),
-        ({"max_tokens": 512}, "exceed the 512 positions of a slot"),
+        ({"max_tokens": CONTEXT}, f"exceed the {CONTEXT} positions of a slot"),
         ({"temperature": "hot"}, "temperature must be a finite number"),
         ({"top_p": 7}, "top_p must be at most 1"),
         ({"logit_bias": {"99999999": 1}}, "99999999"),
@@ -340,9 +366,9 @@ def test_where_an_answer_looks(url: str, model: Mllama) -> None:
 
 
 def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
-    status, told = post(url, "/v1/completions", {"prompt": [5] * 512})
-    assert (status, told["error"]["message"][:18]) == (400, "512 prompt tokens ")
-    assert post(url, "/v1/completions", {"prompt": [5] * 511, "max_tokens": 1})[0] == 200
+    status, told = post(url, "/v1/completions", {"prompt": [5] * CONTEXT})
+    assert (status, told["error"]["message"][:19]) == (400, f"{CONTEXT} prompt tokens ")
+    assert post(url, "/v1/completions", {"prompt": [5] * (CONTEXT - 1), "max_tokens": 1})[0] == 200
 
 
 def test_pictures_of_all_shapes(client: openai.OpenAI) -> None:

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -362,7 +361,7 @@ class Engine:
             requests[i] = request
         settings, counts, top = settings_of(self.config, requests)
         state = self.state(token, position, made, done, counts)
-        return self._dispatch(rows, state, settings, jnp.asarray(spans), top).result()
+        return self._dispatch(rows, state, settings, jax.device_put(spans), top).result()
 
     def state(self, *columns: np.ndarray | jax.Array | None) -> decode.State:
         """Of a token, its position, ... a row; where a block leaves it, lest the first take a program of its own."""

@@ -138,7 +138,7 @@ def guided(settings: Settings, guides: Mapping[int, Guide]) -> Settings:
     bias = np.zeros(shape, np.float32) if settings.bias is None else np.array(settings.bias)
     for row, mask in masks.items():
         bias[row, ~mask] = NEVER
-    return dataclasses.replace(settings, bias=jnp.asarray(bias))
+    return dataclasses.replace(settings, bias=jax.device_put(bias))
 
 
 def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None:
@@ -148,4 +148,4 @@ def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None
     counts = np.zeros(settings.in_prompt.shape, np.int32)
     for row, answer in zip(counts, answers, strict=True):
         np.add.at(row, answer.tokens, 1)
-    return jnp.asarray(counts)
+    return jax.device_put(counts)

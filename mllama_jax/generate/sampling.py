@@ -178,7 +178,7 @@ class Settings:
         """`prompts` are the rows' token ids, `stops` the stop tokens of rows that name none."""
 
         def column(field: str, dtype: type) -> jax.Array:
-            return jnp.asarray(np.array([getattr(row, field) for row in rows], dtype))
+            return jax.device_put(np.array([getattr(row, field) for row in rows], dtype))
 
         lists = [tuple(stops) if row.stop_ids is None else row.stop_ids for row in rows]
         beyond = max((token for row in rows for token in row.stop_ids or ()), default=0)
@@ -210,9 +210,9 @@ class Settings:
             seed=column("seed", np.uint32),
             least=column("min_new_tokens", np.int32),
             limit=column("max_new_tokens", np.int32),
-            stops=jnp.asarray(table),
-            bias=None if bias is None else jnp.asarray(bias),
-            in_prompt=None if in_prompt is None else jnp.asarray(in_prompt),
+            stops=jax.device_put(table),
+            bias=None if bias is None else jax.device_put(bias),
+            in_prompt=None if in_prompt is None else jax.device_put(in_prompt),
         )
 
 

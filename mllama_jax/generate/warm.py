@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mllama_jax.config import VisionConfig
@@ -72,7 +71,7 @@ def _lowered(served: Engine, length: int, width: int) -> Iterator[jax.stages.Low
         settings, counts, top = settings_of(served.config, [_request(served, 0, 1, kind)] * n)
         state = served.state(ints(n), ints(n), ints(n), np.ones(n, bool), counts)
         state = dataclasses.replace(state, cache=caches.text)
-        cross = caches.cross(jnp.asarray(ints(n, width, 2)), slots.tile_tokens(model))
+        cross = caches.cross(jax.device_put(ints(n, width, 2)), slots.tile_tokens(model))
         yield decode.decode.lower(model, params, state, cross, settings, steps=engine.STEPS, top=top)
 
 
