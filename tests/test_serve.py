@@ -32,7 +32,9 @@ from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
+from mllama_jax.serve import patience
 from mllama_jax.serve.app import Limits, Service
+from mllama_jax.serve.throughput import listening
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 from tests.served import Start, compiled, logs, metric, post, starting
@@ -345,6 +347,34 @@ def test_a_body_that_drips_is_given_up(model: Mllama) -> None:
     asyncio.run(service.app()(scope, receive, send))
     assert sent[0]["status"] == 408
     assert "did not come within" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        "GET /",
+        "GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        "POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
+    ],
+    ids=["headers", "those of another request", "a body that nobody reads"],
+)
+def test_connections_that_drip_are_cut(model: Mllama, monkeypatch: pytest.MonkeyPatch, beginning: str) -> None:
+    """A letter every twentieth of a second, for ever; who sends whole requests keeps the connection."""
+    monkeypatch.setattr(patience, "SECONDS", 0.5)
+    service = Service(model, "it", slots=1, context=256, limits=Limits())
+    with listening(service) as port, contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as other:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            raw.sendall(beginning.encode())
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < began + 10:
+                    raw.sendall(b"x")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 5
+        for _ in range(3):
+            other.request("GET", "/health")
+            assert other.getresponse().read() == b'{"status":"alive"}'
+            time.sleep(0.3)
 
 
 def test_where_an_answer_looks(url: str, model: Mllama) -> None:

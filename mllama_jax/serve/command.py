@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEYS = "MLLAMA_API_KEYS"  # in the environment, separated by commas
 EVERY = 5  # seconds between what is told of the warm-up
 HTTP: dict[str, Any] = {  # settings of uvicorn
-    "http": "h11",  # which bounds headers, whatever else is installed
+    "http": "mllama_jax.serve.patience:PatientProtocol",  # on h11, which bounds headers
     "log_config": None,
     "access_log": False,
     "timeout_keep_alive": 30,
