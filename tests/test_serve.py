@@ -354,7 +354,7 @@ def test_a_body_that_drips_is_given_up(model: Mllama) -> None:
     [
         "GET /",
         "GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
-        "POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
+        "POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n",
     ],
     ids=["headers", "those of another request", "a body that nobody reads"],
 )

@@ -14,6 +14,7 @@ import dataclasses
 import hmac
 import itertools
 import json
+import queue
 import secrets
 import signal
 import socket
@@ -40,6 +41,7 @@ from mllama_jax.processing.tokenizer import Tokenizer
 
 KEY = "mllama/serve"  # in the store: the port where process 0 waits for the others, and what they must show
 DAY = 24 * 3600  # seconds for all to have loaded the model; one that is lost until then is noticed otherwise
+PATIENCE = 10  # seconds without a word after which a stranger is sent away
 IDLE = 60  # seconds after which an idle connection gives a sign, before firewalls forget it
 
 What = Literal["submit", "cancel"]
@@ -89,25 +91,19 @@ class Leader:
 
     @classmethod
     def of_all(cls) -> Leader:
-        """Waits until all others follow."""
+        """Waits until all others follow, who show the secret that they alone can know; others are sent away."""
         _, n = place()
         if n == 1:
             return cls()
         dual = socket.has_dualstack_ipv6()
-        family, secret, found = socket.AF_INET6 if dual else socket.AF_INET, secrets.token_bytes(32), []
+        family, secret = socket.AF_INET6 if dual else socket.AF_INET, secrets.token_bytes(32)
+        found: queue.Queue[Connection] = queue.Queue()
         with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
             store().key_value_set(KEY, f"{server.getsockname()[1]} {secret.hex()}")
-            while len(found) < n - 1:
-                peer, _ = server.accept()
-                peer.settimeout(10)  # a stranger may say nothing
-                shown = b""
-                with contextlib.suppress(OSError):
-                    shown = peer.recv(len(secret), socket.MSG_WAITALL)
-                if hmac.compare_digest(shown, secret):
-                    found.append(Connection(peer))
-                else:
-                    peer.close()
-        return cls(found)
+            threading.Thread(target=_admit, args=[server, secret, found], daemon=True).start()
+            followers = [found.get() for _ in range(n - 1)]
+            server.shutdown(socket.SHUT_RDWR)  # which ends the thread
+        return cls(followers)
 
     def watch(self, asked_to_end: Callable[[], None]) -> None:
         """Leave when a follower is gone; do something when one is asked to end, which none does alone."""
@@ -142,6 +138,25 @@ class Leader:
     def _say(self, message: bytes) -> None:
         for follower in self.followers:
             follower.send(message)
+
+
+def _admit(server: socket.socket, secret: bytes, found: queue.Queue[Connection]) -> None:
+    """Let in who shows the secret, each in a thread of its own: a stranger may say nothing."""
+
+    def meet(peer: socket.socket) -> None:
+        peer.settimeout(PATIENCE)
+        shown = b""
+        with contextlib.suppress(OSError):
+            while len(shown) < len(secret) and (more := peer.recv(len(secret) - len(shown))):
+                shown += more
+        if hmac.compare_digest(shown, secret):
+            found.put(Connection(peer))
+        else:
+            peer.close()
+
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Thread(target=meet, args=[server.accept()[0]], daemon=True).start()
 
 
 def _told(request: Request) -> dict[str, Any]:
