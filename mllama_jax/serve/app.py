@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
-import jax
+import numpy as np
 from jax.errors import JaxRuntimeError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -25,14 +25,16 @@ from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
 from mllama_jax.generate import requests
 from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.warm import warm_up
-from mllama_jax.processes import versions
+from mllama_jax.processes import leaving, versions
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
 from mllama_jax.serve import protocol
 from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
+from mllama_jax.serve.hosts import FollowedEngine, Follower, Leader
 from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.keys import Keys
 from mllama_jax.serve.metrics import Metrics
@@ -108,8 +110,27 @@ class Service:
             worker.start()
 
     def stop(self) -> None:
+        """End the engines after the steps that they are in, and the other processes."""
         for worker in self._workers():
             worker.stop()
+        self.worker.leader.end()
+
+    def lead(self, leader: Leader) -> None:
+        """Tell other processes what to do."""
+        for worker in self._workers():
+            worker.leader = leader
+
+    def give_up(self, why: str) -> None:
+        """Tell everyone who waits that there will be no answer."""
+        for worker in self._workers():
+            worker.give_up(why)
+
+    def follower(self) -> Follower:
+        """What does the same in another process."""
+        engines = [FollowedEngine(self.worker.engine, self.tokenizer, self.guide)]
+        if self.guard is not None:
+            engines.append(FollowedEngine(self.guard.worker.engine, self.guard.model.tokenizer, self.guide))
+        return Follower(engines, self.model.attention)
 
     def _workers(self) -> list[Worker]:
         return [self.worker] if self.guard is None else [self.worker, self.guard.worker]
@@ -163,8 +184,6 @@ class Service:
 
     async def look(self, body: dict[str, Any], request: Request) -> Response:
         """Where the words of the answer with which a conversation ends look on its pictures."""
-        if jax.process_count() > 1:
-            raise InputError("look: a server of several processes does not tell where it looks")
         with self._arrival():
             asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
             *conversation, last = asked.prompts[0] or [{}]
@@ -176,10 +195,16 @@ class Service:
             if len(prompt.tokens) > most:
                 many = f"{len(prompt.images)} pictures" if len(prompt.images) > 1 else "a picture"
                 raise InputError(f"messages: at most {most} tokens with {many}, got {len(prompt.tokens)}")
-            look = functools.partial(self.model.look, conversation, answer, tools=asked.tools)
+            question = await self._aside(self.model.looking, conversation, answer, asked.tools)
             async with self._looking:
-                found = await asyncio.get_running_loop().run_in_executor(self._turns, look)
+                attention = await asyncio.get_running_loop().run_in_executor(self._turns, self._attend, question.rows)
+            found = await self._aside(question.answered, attention)
         return JSONResponse(told_look(found))
+
+    def _attend(self, rows: Rows) -> np.ndarray:
+        with leaving():  # the others would wait for what failed here
+            self.worker.leader.tell_attention(rows)
+            return self.model.attention(rows)
 
     def _looked_at_most(self, pictures: int) -> int:
         """How many tokens' attention to so many pictures has room."""

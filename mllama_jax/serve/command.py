@@ -62,11 +62,9 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     try:
-        import jax
         import uvicorn  # noqa: F401  used below, missed here: before the model is loaded
 
         from mllama_jax.serve.app import Limits, Service
-        from mllama_jax.serve.hosts import Follower
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mllama-jax[serve]'") from None
     from mllama_jax.cli import join, load_model, not_first
@@ -76,8 +74,6 @@ def run(args: argparse.Namespace) -> None:
     keys = tuple(key for key in os.environ.get(KEYS, "").split(",") if key)
     join(args)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX, once joined, would note it and go on
-    if args.guard is not None and jax.process_count() > 1:
-        raise InputError("--guard: expected one process, several do not run a second model yet; leave it out")
     model = load_model(args)
     if model.groups > 1:
         raise InputError(
@@ -89,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
     if not_first():
-        Follower(service.worker.engine, service.tokenizer, service.guide).run()
+        service.follower().run()
     else:
         _lead(service, args)
 
@@ -101,7 +97,7 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
     from mllama_jax.serve.hosts import Leader
 
     listening, worker = listen(args.host, args.port), service.worker
-    worker.leader = Leader.of_all()
+    service.lead(Leader.of_all())
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
     shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(worker.leader.followers)}
     shown |= {"slots": args.slots, "context": worker.engine.context, "images": args.images, "queue": args.queue}
@@ -136,7 +132,7 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
 
     def farewell() -> None:
         with contextlib.suppress(RuntimeError):  # the loop may have ended
-            service.worker.give_up("a process of this server failed; it starts again")
+            service.give_up("a process of this server failed; it starts again")
             loop.call_soon_threadsafe(stopping.set)
             told.wait()
 

@@ -34,7 +34,7 @@ class Guard:
         (task,) = guard_prompts([{"role": "user", "content": ""}], model.tokenizer)
         context += len(task.tokens) + ANSWER
         engine = Engine(model.model, model.params, slots=slots, context=context, pictures=(1, 1))
-        self.worker = Worker(engine, turns)
+        self.worker = Worker(engine, turns, number=1)
 
     async def judge(self, conversation: list[Any]) -> Verdict:
         """What the guard says of the last turn. Raises NoVerdict where it says neither safe nor unsafe."""

@@ -1,7 +1,8 @@
 """Several hosts answer as one: process 0 listens to clients, and all processes run the same steps of the same engine.
 
 What an engine does follows from its calls alone. So each process has one, and before every step process 0 tells the
-others which requests came and which were given up; they do the same, and step. They hear of it over a connection of
+others which requests came and which were given up; they do the same, and step. So they do with the guard's engine, and
+where an answer's look is asked for. They hear of it over a connection of
 their own: not by a collective, which would keep the devices of an idle server busy and time out, and not through JAX's
 key-value store, which on loopback takes 8 ms for a message and 0.4 s for a picture of four tiles where a connection
 takes 0.03 ms and 0.08 s. A message is JSON and arrays, in safetensors; an empty one asks to end, or says so.
@@ -31,6 +32,7 @@ from safetensors.numpy import load, save
 
 from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
@@ -117,8 +119,8 @@ class Leader:
         for follower in self.followers:
             threading.Thread(target=listen, args=[follower], daemon=True).start()
 
-    def tell(self, orders: Sequence[Order], failed: int) -> None:
-        """Let the others do this and a step; `failed` steps have ended in an exception so far."""
+    def tell_step(self, engine: int, orders: Sequence[Order], failed: int) -> None:
+        """Let the others give this to an engine and step it; `failed` of its steps ended in an exception so far."""
         if not self.followers:
             return
         told, pixels = [], {}
@@ -127,13 +129,21 @@ class Leader:
                 self._numbers[request] = next(self._count)
                 pixels |= {picture.digest.hex(): picture.pixels for picture in request.pictures}
             told.append([what, self._numbers[request], _told(request) if what == "submit" else None])
-        body = json.dumps({"failed": failed, "orders": told}).encode()
-        self._say(save({"": np.frombuffer(body, np.uint8), **pixels}))
+        self._tell({"engine": engine, "failed": failed, "orders": told}, pixels)
+
+    def tell_attention(self, rows: Rows) -> None:
+        """Let the others compute `Mllama.attention`."""
+        if self.followers:
+            self._tell({"engine": None}, {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)})
 
     def end(self) -> None:
         """Let the others end."""
         self._ended = True
         self._say(b"")
+
+    def _tell(self, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        body = {"": np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays}
+        self._say(save({name: np.ascontiguousarray(array) for name, array in body.items()}))  # views would be garbled
 
     def _say(self, message: bytes) -> None:
         for follower in self.followers:
@@ -172,12 +182,10 @@ def _told(request: Request) -> dict[str, Any]:
 
 
 class Follower:
-    """A process that does what process 0 says. `guide` makes what holds an answer to a schema."""
+    """A process that does what process 0 says: with engines, in the order of their numbers, and `Mllama.attention`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, guide: Callable[[dict[str, Any]], Guide]):
-        self.engine, self.tokenizer, self.guide = engine, tokenizer, guide
-        self._live: dict[int, Request] = {}
-        self._failed = 0
+    def __init__(self, engines: Sequence[FollowedEngine], attention: Callable[[Rows], Any]):
+        self.engines, self.attention = engines, attention
 
     def run(self) -> None:
         """Follow until process 0 ends."""
@@ -193,17 +201,33 @@ class Follower:
         leader = Connection(peer)
         for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
             signal.signal(number, lambda *_: leader.send(b""))
-        for _ in warm_up(self.engine):
-            pass
+        for each in self.engines:
+            for _ in warm_up(each.engine):
+                pass
         while message := leader.receive():
             self.follow(message)
         if message is None:
             leave(LOST, f"process 0 is gone, so process {place()[0]} leaves")
 
     def follow(self, message: bytes) -> None:
-        """Do what process 0 does in the step that it tells of."""
+        """Do what process 0 tells of."""
         arrays = load(message)
         told = json.loads(arrays.pop("").tobytes())
+        if told["engine"] is None:
+            self.attention(Rows(**arrays))
+        else:
+            self.engines[told["engine"]].follow(told, arrays)
+
+
+class FollowedEngine:
+    """An engine that does what process 0's does. `guide` makes what holds an answer to a schema."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, guide: Callable[[dict[str, Any]], Guide]):
+        self.engine, self.tokenizer, self.guide = engine, tokenizer, guide
+        self._live: dict[int, Request] = {}
+        self._failed = 0
+
+    def follow(self, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         if told["failed"] != self._failed:
             raise RuntimeError(f"{self._failed} steps failed here and {told['failed']} in process 0: they have parted")
         orders = [self._order(what, number, request, arrays) for what, number, request in told["orders"]]
