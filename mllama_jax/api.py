@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +26,12 @@ from mllama_jax.generate.decoding import blocks
 from mllama_jax.generate.draft import Draft
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.generate.speculate import checked
-from mllama_jax.look import Look, view, words_of
+from mllama_jax.look import Look, Question, words_of
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
 from mllama_jax.processing.guard import ANSWER, Verdict, guard_prompts, joined, read_verdict
-from mllama_jax.processing.image import choose_canvas, preprocess
+from mllama_jax.processing.image import preprocess
 from mllama_jax.processing.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -227,6 +226,11 @@ class Mllama:
         Raises:
             InputError: there is no picture in the conversation or no word in the answer.
         """
+        question = self.looking(conversation, answer, tools)
+        return question.answered(self.attention(question.rows))
+
+    def looking(self, conversation: Conversation, answer: str, tools: Tools | None = None) -> Question:
+        """What `look` asks the model by `attention`."""
         if not isinstance(answer, str):
             raise InputError(f"answer: expected text, got {type(answer).__name__}")
         prompt, tokenizer, vision = self.prompt(conversation, tools), self._tokenizer(), self.config.vision
@@ -236,17 +240,14 @@ class Mllama:
             raise InputError("the conversation shows no picture to look at; give it one")
         if not words:
             raise InputError("the answer has no words, so there is nothing to show")
-        rows, cross = self._prepare([prompt.tokens + tokens], [prompt.images])
+        rows, first = self._batch([prompt.tokens + tokens], [prompt.images]), len(prompt.tokens) - 1
+        return Question(rows, [(word, [first + n for n in places]) for word, places in words], prompt.images, vision)
+
+    def attention(self, rows: Rows) -> np.ndarray:
+        """How the first row's attention is spread over its tiles, the mean over layers and heads: float32 [T, M, N]."""
+        cross = self._cross(rows)
         assert cross is not None
-        attention = decode.on_host(decode.attention_to_tiles(self.model, self.params, rows.tokens, cross))[0]
-        first = len(prompt.tokens) - 1
-        of_words = np.stack([attention[[first + n for n in places]].mean(axis=0) for _, places in words])  # W M N
-        views, start = [], 0
-        for image in prompt.images:
-            shown = math.prod(choose_canvas(image.height, image.width, vision.tile, vision.max_tiles))
-            views.append(view(of_words[:, start : start + shown], image, vision))
-            start += shown
-        return Look([word for word, _ in words], views)
+        return decode.on_host(decode.attention_to_tiles(self.model, self.params, rows.tokens, cross))[0]
 
     def prompt(self, conversation: Conversation, tools: Tools | None = None) -> Prompt:
         """The token ids and pictures that a conversation becomes."""
@@ -280,15 +281,23 @@ class Mllama:
     def _prepare(
         self, tokens: list[list[int]], images: Images, new_tokens: Sequence[int] = ()
     ) -> tuple[Rows, CrossCache | None]:
-        """Rows as arrays, idle ones added where a mesh asks for it, and what pictures leave in the image caches."""
+        """Rows as arrays, and what pictures leave in the image caches."""
+        rows = self._batch(tokens, images, new_tokens)
+        return rows, self._cross(rows)
+
+    def _batch(self, tokens: list[list[int]], images: Images, new_tokens: Sequence[int] = ()) -> Rows:
+        """Rows as arrays, idle ones added where a mesh asks for it."""
         idle = self._up(len(tokens), "batch") - len(tokens)
-        rows = make_rows(self.config, [*tokens, *[[self.config.pad]] * idle], [*images, *[[]] * idle], new_tokens)
+        return make_rows(self.config, [*tokens, *[[self.config.pad]] * idle], [*images, *[[]] * idle], new_tokens)
+
+    def _cross(self, rows: Rows) -> CrossCache | None:
+        """What the rows' pictures leave in the image caches; None where there are none."""
         if rows.pixels is None:
-            return rows, None
+            return None
         features = self._encode(rows.pixels, rows.ratio_ids)
         spare = bucket(len(features)) - len(features)
         features = jnp.pad(features, ((0, spare), *((0, 0),) * 3))
-        return rows, decode.keys_values(self.model, self.params, features, rows.tiles, rows.spans)
+        return decode.keys_values(self.model, self.params, features, rows.tiles, rows.spans)
 
     def _answers(
         self,

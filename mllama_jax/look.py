@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from mllama_jax.config import VisionConfig
+from mllama_jax.generate.batch import Rows
 from mllama_jax.processing.image import choose_canvas, fit
 from mllama_jax.processing.tokenizer import TextStream, Tokenizer
 
@@ -66,6 +68,32 @@ class Look:
                 sheet.paste(panel, (x + (PANEL - panel.width) // 2, y + CAPTION))
             top += rows * height
         return sheet
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """Where an answer looked, before the model has told.
+
+    Attributes:
+        rows: the conversation and the answer, as the model reads them.
+        words: those of the answer, each with the positions that make its tokens.
+        pictures: those of the conversation.
+    """
+
+    rows: Rows
+    words: list[tuple[str, list[int]]]
+    pictures: Sequence[Image.Image]
+    vision: VisionConfig
+
+    def answered(self, attention: np.ndarray) -> Look:
+        """From float32 [T, M, N], how each position's attention is spread over the tiles."""
+        of_words = np.stack([attention[places].mean(axis=0) for _, places in self.words])  # W M N
+        views, start = [], 0
+        for image in self.pictures:
+            shown = math.prod(choose_canvas(image.height, image.width, self.vision.tile, self.vision.max_tiles))
+            views.append(view(of_words[:, start : start + shown], image, self.vision))
+            start += shown
+        return Look([word for word, _ in self.words], views)
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:

@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
+logs: dict[str, Path] = {}  # what the server at a URL said
 
 
 @contextmanager
@@ -36,6 +38,7 @@ def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             assert process.poll() is None, told
             time.sleep(0.1)
         (url,) = re.findall(r'"url": "([^"]+)"', told)
+        logs[url] = log
         return process, url
 
     try:
@@ -44,6 +47,12 @@ def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def compiled(url: str) -> list[str]:
+    """The programs that a server with JAX_LOG_COMPILES=1 compiled after it was ready."""
+    _, _, after = logs[url].read_text().partition('"ready"')
+    return re.findall(r"Finished XLA compilation of (\S+)", after)
 
 
 def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, Any]:

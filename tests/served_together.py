@@ -21,18 +21,19 @@ from mllama_jax import Mllama
 from tests.test_processes import children, free_port
 from tests.test_serve import asked
 
+Server = tuple[list[subprocess.Popen[str]], str]  # its processes and its URL
 ROOT = Path(__file__).parents[1]
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
 @contextmanager
-def serving(directory: Path, logs: Path, processes: int) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
+def serving(directory: Path, logs: Path, processes: int, *options: str) -> Iterator[Server]:
     """The processes that serve a checkpoint, and their URL once it is ready; none is left behind."""
     coordinator, everyone = f"127.0.0.1:{free_port()}", []
     # The programs are run for moments only: compiled fast, not well.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "mllama_jax.cli", "serve", "--model", str(directory), "--port", "0"]
-    command += ["--slots", "4", "--context", "512"]
+    command += ["--slots", "4", "--context", "512", "--images", "1", *options]
     try:
         for number in range(processes):
             with (logs / str(number)).open("w") as log:

@@ -21,7 +21,7 @@ from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
 from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import Prompt, load_template
-from mllama_jax.serve.hosts import Connection, Follower, Leader, Order, obey
+from mllama_jax.serve.hosts import Connection, FollowedEngine, Follower, Leader, Order, obey
 from mllama_jax.train.pictures import recipe
 from tests.conftest import SMALL
 
@@ -77,7 +77,7 @@ def cases(tiny: Mllama) -> list[Case]:
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short blocks and chunks, so that much happens between them."""
-    for name, value in (("STEPS", 4), ("CHUNK", 16), ("CHUNKS", 2), ("WORTH_A_COPY", 8)):
+    for name, value in (("STEPS", 4), ("CHUNK", 16), ("CHUNKS", 2), ("LEAST", 64), ("WORTH_A_COPY", 8)):
         monkeypatch.setattr(engine, name, value)
 
 
@@ -115,7 +115,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> random.Random:
 
     for module, names in (
         (decode, ("encode", "keys_values", "decode", "on_host")),
-        (slots, ("read", "copy_row", "take_tiles", "put_tiles", "longer")),
+        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "longer")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, fails(getattr(module, name)))
@@ -190,7 +190,7 @@ def test_a_follower_runs_the_same_programs(
 
     for module, names in (
         (decode, ("encode", "keys_values", "decode")),
-        (slots, ("read", "copy_row", "take_tiles", "put_tiles", "longer")),
+        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "longer")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
@@ -205,7 +205,7 @@ def test_a_follower_runs_the_same_programs(
 
     heard, draw, live, failed = Heard(), random.Random(0), [], 0
     engines = [Engine(tiny.model, tiny.params, slots=3, context=256) for _ in range(2)]
-    leader, follower = Leader([heard]), Follower(engines[1], None, guide=never)
+    leader, follower = Leader([heard]), Follower([FollowedEngine(engines[1], None, never)], never)
     for seed in range(200):
         orders: list[Order] = []
         if draw.random() < 0.3:
@@ -213,7 +213,7 @@ def test_a_follower_runs_the_same_programs(
             orders.append(("submit", live[-1]))
         if live and draw.random() < 0.1:
             orders.append(("cancel", live.pop(draw.randrange(len(live)))))
-        leader.tell(orders, failed)
+        leader.tell_step(0, orders, failed)
         faulty.seed(seed)
         obey(engines[0], orders)
         failed += step(engines[0])
@@ -387,8 +387,9 @@ def test_first_come_first_served(tiny: Mllama) -> None:
     assert ended == requests
 
 
+@pytest.mark.usefixtures("brisk")
 def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
-    served = Engine(tiny.model, tiny.params, slots=2, context=500)
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
 
     def held() -> int:
         return sum(x.nbytes for x in jax.tree.leaves(served._caches))
@@ -397,7 +398,7 @@ def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
     text = held()
     serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
     one = held()
-    serve(served, ask(tiny, [512, *range(300)]))
+    serve(served, ask(tiny, [512, *range(100)]))
     assert text < one < held()
     serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(9)))
     before = held()

@@ -32,10 +32,14 @@ from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
+from mllama_jax.serve import patience
 from mllama_jax.serve.app import Limits, Service
+from mllama_jax.serve.throughput import listening
 from mllama_jax.serve.worker import EngineFault, Worker
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
-from tests.served import Start, metric, post, starting
+from tests.served import Start, compiled, logs, metric, post, starting
+
+CONTEXT = 1600  # more than a slot has room for at first
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def url(start: Start) -> str:
-    return start("--slots", "4", "--context", "512")[1]
+    return start("--slots", "4", "--context", str(CONTEXT), "--images", "2", JAX_LOG_COMPILES="1")[1]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +189,30 @@ def test_answers_are_held_to_a_schema(client: openai.OpenAI, model: Mllama) -> N
     assert len({json.dumps(each) for each in found}) > 2
 
 
+def test_nobody_waits_for_the_compiler(url: str) -> None:
+    """Once a server is ready nothing is compiled, whatever is asked for and however caches grow."""
+    (question, *_) = questions(1)
+    beginning = [5] * 100
+    for settings in (
+        {},
+        {"stop_token_ids": [7, 8, 9, 10]},
+        {"temperature": 1, "n": 3, "top_p": 0.9},
+        {"logprobs": True, "top_logprobs": 2},
+        {"logit_bias": {"7": 1}, "frequency_penalty": 1},
+        {"response_format": {"type": "json_object"}, "max_tokens": 4},
+    ):
+        assert post(url, "/v1/chat/completions", HELLO | {"messages": asked(question)} | settings)[0] == 200
+
+    def complete(prompt: list[int]) -> int:
+        return post(url, "/v1/completions", {"prompt": prompt, "max_tokens": 12, "temperature": 0})[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for lengths in (range(8), range(120, 480, 50), range(500, 1500, 120)):
+            assert set(pool.map(complete, ([*beginning, *[6] * length] for length in lengths))) == {200}
+    assert '"warming up"' in logs[url].read_text()
+    assert compiled(url) == []
+
+
 def test_text_completions(client: openai.OpenAI, model: Mllama) -> None:
     assert model.tokenizer is not None
     ids = [model.tokenizer.bos, *model.tokenizer.encode("What", specials=False)]
@@ -244,7 +272,7 @@ BOMB = Image.new("1", (15000, 15000))
         ({"n": 10**9, "temperature": 1}, "n must be at most 128"),
         ({"max_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
         ({"max_tokens": "many"}, "max_new_tokens must be an integer"),
-        ({"max_tokens": 512}, "exceed the 512 positions of a slot"),
+        ({"max_tokens": CONTEXT}, f"exceed the {CONTEXT} positions of a slot"),
         ({"temperature": "hot"}, "temperature must be a finite number"),
         ({"top_p": 7}, "top_p must be at most 1"),
         ({"logit_bias": {"99999999": 1}}, "99999999"),
@@ -321,6 +349,34 @@ def test_a_body_that_drips_is_given_up(model: Mllama) -> None:
     assert "did not come within" in json.loads(sent[1]["body"])["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        "GET /",
+        "GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        "POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n",
+    ],
+    ids=["headers", "those of another request", "a body that nobody reads"],
+)
+def test_connections_that_drip_are_cut(model: Mllama, monkeypatch: pytest.MonkeyPatch, beginning: str) -> None:
+    """A letter every twentieth of a second, for ever; who sends whole requests keeps the connection."""
+    monkeypatch.setattr(patience, "SECONDS", 0.5)
+    service = Service(model, "it", slots=1, context=256, limits=Limits())
+    with listening(service) as port, contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as other:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            raw.sendall(beginning.encode())
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < began + 10:
+                    raw.sendall(b"x")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 5
+        for _ in range(3):
+            other.request("GET", "/health")
+            assert other.getresponse().read() == b'{"status":"alive"}'
+            time.sleep(0.3)
+
+
 def test_where_an_answer_looks(url: str, model: Mllama) -> None:
     (question, *_), answer = questions(1), "top left"
     status, told = post(url, "/look", {"messages": [*asked(question), {"role": "assistant", "content": answer}]})
@@ -340,9 +396,9 @@ def test_where_an_answer_looks(url: str, model: Mllama) -> None:
 
 
 def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
-    status, told = post(url, "/v1/completions", {"prompt": [5] * 512})
-    assert (status, told["error"]["message"][:18]) == (400, "512 prompt tokens ")
-    assert post(url, "/v1/completions", {"prompt": [5] * 511, "max_tokens": 1})[0] == 200
+    status, told = post(url, "/v1/completions", {"prompt": [5] * CONTEXT})
+    assert (status, told["error"]["message"][:19]) == (400, f"{CONTEXT} prompt tokens ")
+    assert post(url, "/v1/completions", {"prompt": [5] * (CONTEXT - 1), "max_tokens": 1})[0] == 200
 
 
 def test_pictures_of_all_shapes(client: openai.OpenAI) -> None:

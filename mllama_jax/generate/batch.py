@@ -46,6 +46,20 @@ def bucket(n: int, least: int = 1) -> int:
     return size
 
 
+def ladder(least: int, most: int) -> list[int]:
+    """Few sizes, for which programs are compiled: each four times the one before, but for the last, which is `most`."""
+    sizes = []
+    while 3 * least <= most:
+        sizes.append(least)
+        least *= 4
+    return [*sizes, most]
+
+
+def fit(n: int, sizes: Sequence[int]) -> int:
+    """The smallest of rising sizes that holds n."""
+    return next(size for size in sizes if size >= n)
+
+
 def make_rows(
     config: MllamaConfig,
     tokens: Sequence[Sequence[int]],

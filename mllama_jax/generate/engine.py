@@ -8,6 +8,7 @@ again, whoever shows it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +16,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
-from mllama_jax.generate.batch import bucket
-from mllama_jax.generate.requests import Picture, Request, settings_of, top_of
+from mllama_jax.generate.batch import fit, ladder
+from mllama_jax.generate.requests import Picture, Request, settings_of
 from mllama_jax.generate.sampling import Settings
-from mllama_jax.generate.slots import Caches, Layers
+from mllama_jax.generate.slots import Caches, Layers, picture_tiles
 from mllama_jax.model.mllama import MllamaModel, Params
 
 CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
-TOGETHER = 8  # prompts read at once, as long as they are no more tokens than two chunks
+TOGETHER = 8  # prompts read at once, where so many are no more tokens than two chunks
 PICTURES = 8  # encoded between two dispatches
 STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
+LEAST = 512  # positions of a slot at first
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
 
@@ -77,7 +79,7 @@ class Block:
 
     Attributes:
         rows: who gets them.
-        state, settings, spans: what the next block goes on from; the caches are the engine's.
+        state, settings, spans, top: what the next block goes on from; the caches are the engine's.
         made, columns: the tokens, and how many a row got.
     """
 
@@ -85,6 +87,7 @@ class Block:
     state: decode.State
     settings: Settings
     spans: jax.Array
+    top: int
     made: decode.Made
     columns: jax.Array
 
@@ -92,15 +95,27 @@ class Block:
 class Engine:
     """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
 
-    Its memory grows with the longest request and the most pictures of one, up to `context` positions a slot.
+    Its memory grows with the longest request and the most pictures of one, up to `context` positions and so many
+    pictures a slot, in few steps: each takes programs of its own, all of which `warm_up` compiles.
+
+    Args:
+        pictures: how many a slot has room for at first and at most.
 
     Attributes:
+        lengths, widths: how many positions, and tiles, a slot may have room for, in rising order.
         counts: of admitted requests: prompt tokens (`prefix_cache_queries`) and how many of them a slot had read
             (`prefix_cache_hits`), pictures and how many of them some slot held (`image_cache_...`).
     """
 
-    def __init__(self, model: MllamaModel, params: Params, *, slots: int, context: int):
+    def __init__(
+        self, model: MllamaModel, params: Params, *, slots: int, context: int, pictures: tuple[int, int] = (0, 16)
+    ):
         self.model, self.params, self.context = model, params, min(context, model.config.text.context)
+        (first, self.pictures), tiles = pictures, picture_tiles(model)
+        self.lengths = ladder(LEAST, self.context + CHUNK)
+        self.widths = ladder(tiles, tiles * self.pictures) if tiles * self.pictures else []
+        if not (first and self.widths):
+            self.widths = [0, *self.widths]
         self.waiting: deque[Request] = deque()
         self.slots = [Slot(row) for row in range(slots)]
         self.counts: Counter[str] = Counter()
@@ -126,6 +141,8 @@ class Engine:
                 f"{prompt} prompt tokens and {new} new ones exceed the {self.context} positions of a slot; shorten the "
                 "prompt or max_new_tokens"
             )
+        if len(request.pictures) > self.pictures:
+            raise InputError(f"{len(request.pictures)} pictures exceed the {self.pictures} of a slot; show fewer")
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError where it cannot fit a slot."""
@@ -177,7 +194,7 @@ class Engine:
         active = [slot for slot in self.slots if slot.request is not None]
         self.waiting.extendleft(slot.request for slot in sorted(active, key=lambda slot: -slot.used) if slot.request)
         self.slots = [Slot(row) for row in range(len(self.slots))]
-        self._caches = slots.empty(self.model, slots=len(self.slots), length=self._positions(1))
+        self._caches = slots.empty(self.model, slots=len(self.slots), length=self.lengths[0], tiles=self.widths[0])
 
     def _admit(self) -> None:
         """Give free slots to those who wait, first come, first served, as far as their pictures can be encoded."""
@@ -201,7 +218,7 @@ class Engine:
     def _encode(self, picture: Picture) -> Layers:
         """Keys and values of a picture. Several at once would gain little, and the first would wait for all pixels."""
         features = decode.encode(self.model, self.params, picture.pixels, picture.ratio_id)
-        tiles = np.arange(picture.tiles, dtype=np.int32)[None]
+        tiles = np.arange(picture_tiles(self.model), dtype=np.int32)[None]
         nobody = np.zeros((*tiles.shape, 2), np.int32)
         return decode.keys_values(self.model, self.params, features, tiles, nobody).layers
 
@@ -228,17 +245,20 @@ class Engine:
         for picture, piece in zip(request.pictures[there:], pieces, strict=True):
             first = sum(each.tiles for each in slot.pictures)
             self._make_room(tiles=first + picture.tiles)
-            self._change(slots.put_tiles, piece, slot.row, first * self._tile)
+            self._put(piece, slot.row, first)
             slot.pictures.append(picture)
         self._clock += 1
         slot.request, slot.reading, slot.used = request, True, self._clock
+
+    def _put(self, piece: Layers, row: int, first: int) -> None:
+        self._change(functools.partial(slots.put_tiles, self.model), piece, row, first)
 
     def _take(self, picture: Picture) -> Layers:
         if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
             return self._encode(picture)
         slot, tile = held
-        length = picture.tiles * self._tile
-        return slots.take_tiles(self._caches, slot.row, tile * self._tile, length=length)
+        assert self._caches is not None
+        return slots.take_tiles(self.model, self._caches, slot.row, tile)
 
     # ---- Reading and decoding ---------------------------------------------------------------------------------------
 
@@ -269,20 +289,24 @@ class Engine:
         assert slot.request is not None
         return [*slot.request.prompt.tokens, *slot.request.answer.tokens][len(slot.marks) :]
 
+    def _size(self, slot: Slot) -> int:
+        """How many tokens a program that reads the next chunk of a slot takes."""
+        return fit(len(self._unread(slot)[:CHUNK]), sizes())
+
     def _together(self, reading: deque[Slot]) -> list[Slot]:
         """Take who is to read next, and as many of those behind as can read at once with it."""
         group, longest = [], 0
         while reading and len(group) < TOGETHER:
-            longest = max(longest, bucket(len(self._unread(reading[0])[:CHUNK]), 16))
-            if group and (len(group) + 1) * longest > 2 * CHUNK:
+            longest = max(longest, self._size(reading[0]))
+            if group and TOGETHER * longest > 2 * CHUNK:
                 break
             group.append(reading.popleft())
         return group
 
     def _read_chunks(self, group: Sequence[Slot]) -> tuple[decode.Made, int]:
         """Let slots read a chunk each: what follows each, on the device, and how many tokens went through the model."""
-        length = bucket(max(len(self._unread(slot)[:CHUNK]) for slot in group), 16)
-        size = 1 if len(group) == 1 else min(TOGETHER, 2 * CHUNK // length)  # one or all, for few programs
+        length = max(map(self._size, group))
+        size = 1 if len(group) == 1 else TOGETHER  # one or all, for few programs
         padded = [*group, *[group[0]] * (size - len(group))]
         requests = [slot.request for slot in padded if slot.request]
         tokens = np.full((size, length), self.config.pad, np.int32)
@@ -291,17 +315,14 @@ class Engine:
             new = self._unread(slot)[:CHUNK]
             tokens[row, : len(new)], starts[row], ends[row] = new, len(slot.marks), len(new) - 1
         self._make_room(positions=int(starts.max()) + length)
-        settings, counts = settings_of(self.config, requests)
+        settings, counts, top = settings_of(self.config, requests)
         spans = np.stack([slot.spans(self._tiles) for slot in padded])
         rows = np.array([slot.row for slot in padded], np.int32)
         made = np.array([len(each.answer.tokens) for each in requests], np.int32)
         caches, self._caches = self._caches, None
-        self._caches, following = slots.read(
-            *(self.model, self.params, caches, spans, rows, tokens, starts, ends),
-            *(settings, made, counts),
-            top=top_of(requests),
-        )
-        return following, size * length
+        assert caches is not None
+        self._caches, logits = slots.read(self.model, self.params, caches, spans, rows, tokens, starts, ends)
+        return slots.follow(logits, settings, made, counts, top=top), size * length
 
     def _decode(self) -> Iterator[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read; when it comes the next is under way."""
@@ -338,10 +359,17 @@ class Engine:
             token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
             spans[i] = slot.spans(self._tiles)
             requests[i] = request
-        settings, counts = settings_of(self.config, requests)
-        token, position, made, done = (jnp.asarray(each) for each in (token, position, made, done))
-        state = decode.State((), token, position, made, done, counts)
-        return self._dispatch(rows, state, settings, jnp.asarray(spans)).result()
+        settings, counts, top = settings_of(self.config, requests)
+        state = self.state(token, position, made, done, counts)
+        return self._dispatch(rows, state, settings, jax.device_put(spans), top).result()
+
+    def state(self, *columns: np.ndarray | jax.Array | None) -> decode.State:
+        """Of a token, its position, ... a row; where a block leaves it, lest the first take a program of its own."""
+        place = jax.tree.leaves(self.params)[0].sharding
+        mesh = place.mesh if isinstance(place, NamedSharding) and place.is_fully_addressable else None
+        whole = mesh and NamedSharding(mesh, PartitionSpec())
+        token, position, made, done, counts = jax.device_put(columns, whole)
+        return decode.State((), token, position, made, done, counts)
 
     def _may_go_on(self, block: Block) -> bool:
         """Whether the next block can begin before this one is known, and keeps nobody waiting."""
@@ -356,10 +384,10 @@ class Engine:
     def _go_on(self, block: Block) -> Future[Block]:
         """Decode from where a block ends, on the device."""
         self._make_room(positions=max(len(slot.marks) for slot, _ in block.rows) + 2 * STEPS + 1)
-        return self._dispatch(block.rows, block.state, block.settings, block.spans)
+        return self._dispatch(block.rows, block.state, block.settings, block.spans, block.top)
 
     def _dispatch(
-        self, rows: list[tuple[Slot, Request]], state: decode.State, settings: Settings, spans: jax.Array
+        self, rows: list[tuple[Slot, Request]], state: decode.State, settings: Settings, spans: jax.Array, top: int
     ) -> Future[Block]:
         """Decode in the thread for that: a GPU asks its host before each step whether there is another, so that a
         dispatch lasts as long as the block. Nobody else touches the caches until it is done."""
@@ -368,7 +396,6 @@ class Engine:
         steps = HURRY if self._hurried else STEPS
         if any(request.guide for _, request in rows):
             steps = 1
-        top = top_of([request for _, request in rows])
 
         def run() -> Block:
             after, made, columns = decode.decode(
@@ -381,7 +408,7 @@ class Engine:
                 top=top,
             )
             self._caches = dataclasses.replace(caches, text=after.cache)
-            return Block(rows, dataclasses.replace(after, cache=()), settings, spans, made, columns)
+            return Block(rows, dataclasses.replace(after, cache=()), settings, spans, top, made, columns)
 
         return self._dispatcher.submit(run)
 
@@ -415,33 +442,29 @@ class Engine:
     def _make_room(self, *, positions: int = 0, tiles: int = 0) -> None:
         """Let every slot hold so many positions and tiles."""
         assert self._caches is not None
-        text, own = self._caches.text[0].length, self._tiles
+        text, own, tile = self._caches.text[0].length, self._tiles, slots.tile_length(self.model)
         if positions > text - 1 or tiles > own:
             layers, self._caches = {"cache": [*self._caches.text], "image_seq": [*self._caches.tiles]}, None
-            lengths = {
-                "cache": max(text, self._positions(positions)),
-                "image_seq": max(own, bucket(tiles)) * self._tile,
-            }
+            wanted = {"cache": positions + 1, "image_seq": tiles * tile}  # a slot's last position is for idle rows
+            steps = {"cache": self.lengths, "image_seq": [width * tile for width in self.widths]}
             for axis, own_layers in layers.items():
                 for i, layer in enumerate(own_layers):  # one after the other, so that no two whole caches exist
-                    own_layers[i] = slots.longer(self.model, layer, length=lengths[axis], axis=axis)
+                    for length in steps[axis]:
+                        if layer.length < min(length, wanted[axis]):
+                            own_layers[i] = layer = slots.longer(self.model, layer, length=length, axis=axis)
             self._caches = Caches(tuple(layers["cache"]), tuple(layers["image_seq"]))
-
-    def _positions(self, needed: int) -> int:
-        """A slot's length, for few programs; the last position is for idle rows."""
-        return min(bucket(needed + 1, 256), self.context + CHUNK)
-
-    @property
-    def _tile(self) -> int:
-        """Positions of a tile in the image cache."""
-        return self.config.vision.padded_tokens if self.config.vision is not None else 1
 
     @property
     def _tiles(self) -> int:
         """Tiles that every slot has room for."""
         if self._caches is None or not self._caches.tiles:
             return 0
-        return self._caches.tiles[0].length // self._tile
+        return self._caches.tiles[0].length // slots.tile_length(self.model)
+
+
+def sizes() -> list[int]:
+    """How many tokens of a prompt a program may take."""
+    return ladder(CHUNK // 4, CHUNK)
 
 
 def common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:

@@ -107,13 +107,26 @@ NEVER = -1e30  # the bias of a token that must not come
 IDLE = Answer(SamplingParams(), (), None)
 
 
-def settings_of(config: MllamaConfig, requests: Sequence[Request | None]) -> tuple[Settings, jax.Array | None]:
-    """The settings of rows, of which some are idle, and `counts_of` these."""
+def settings_of(config: MllamaConfig, requests: Sequence[Request | None]) -> tuple[Settings, jax.Array | None, int]:
+    """The settings of rows, of which some are idle; `counts_of` these; how many of the likeliest tokens to report.
+
+    They are of two kinds, so that two programs do: where no row has a bias, a guide, a penalty or wants to hear of the
+    likeliest tokens, nothing of all this; else all of it, zero for those who have none.
+    """
     answers = [IDLE if each is None else each.answer for each in requests]
     prompts = [[] if each is None else each.prompt.tokens for each in requests]
     settings = Settings.of([each.params for each in answers], prompts, config.stops, config.text.vocab)
     settings = guided(settings, {row: each.guide for row, each in enumerate(requests) if each and each.guide})
-    return settings, counts_of(settings, answers)
+    reported = any(each.params.logprobs for each in answers)
+    if not reported and settings.bias is None and settings.in_prompt is None:
+        return settings, None, 0
+    shape = len(requests), config.text.vocab
+    if settings.bias is None:
+        settings = dataclasses.replace(settings, bias=jnp.zeros(shape))
+    if settings.in_prompt is None:
+        settings = dataclasses.replace(settings, in_prompt=jnp.zeros(shape, bool))
+        return settings, jnp.zeros(shape, jnp.int32), LOGPROBS_AT_MOST
+    return settings, counts_of(settings, answers), LOGPROBS_AT_MOST
 
 
 def guided(settings: Settings, guides: Mapping[int, Guide]) -> Settings:
@@ -125,7 +138,7 @@ def guided(settings: Settings, guides: Mapping[int, Guide]) -> Settings:
     bias = np.zeros(shape, np.float32) if settings.bias is None else np.array(settings.bias)
     for row, mask in masks.items():
         bias[row, ~mask] = NEVER
-    return dataclasses.replace(settings, bias=jnp.asarray(bias))
+    return dataclasses.replace(settings, bias=jax.device_put(bias))
 
 
 def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None:
@@ -135,9 +148,4 @@ def counts_of(settings: Settings, answers: Sequence[Answer]) -> jax.Array | None
     counts = np.zeros(settings.in_prompt.shape, np.int32)
     for row, answer in zip(counts, answers, strict=True):
         np.add.at(row, answer.tokens, 1)
-    return jnp.asarray(counts)
-
-
-def top_of(requests: Sequence[Request]) -> int:
-    """How many of the likeliest tokens to report: none, or as many as anyone may ask for, so that two programs do."""
-    return LOGPROBS_AT_MOST if any(request.answer.params.logprobs for request in requests) else 0
+    return jax.device_put(counts)

@@ -111,6 +111,8 @@ class SamplingParams:
         if self.stop_ids is not None:
             if not isinstance(self.stop_ids, list | tuple) or not all(map(_is_token, self.stop_ids)):
                 raise InputError(f"stop_ids must be a list of token ids, got {self.stop_ids!r}")
+            if len(self.stop_ids) > STOPS_AT_MOST:
+                raise InputError(f"stop_ids must be at most {STOPS_AT_MOST} token ids, got {len(self.stop_ids)}")
             object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 
     @classmethod
@@ -149,7 +151,7 @@ def _within(field: str, value: float, low: float | None, high: float | None) -> 
 
 @struct.dataclass
 class Settings:
-    """The settings of all rows as arrays [B]; `stops` is int32 [B, n], filled up with -1.
+    """The settings of all rows as arrays [B]; `stops` is int32 [B, STOPS_AT_MOST], filled up with -1.
 
     `bias` float32 [B, V] and `in_prompt` bool [B, V] are None where no row has a bias or a penalty, so that decoding
     does not read them.
@@ -176,13 +178,13 @@ class Settings:
         """`prompts` are the rows' token ids, `stops` the stop tokens of rows that name none."""
 
         def column(field: str, dtype: type) -> jax.Array:
-            return jnp.asarray(np.array([getattr(row, field) for row in rows], dtype))
+            return jax.device_put(np.array([getattr(row, field) for row in rows], dtype))
 
         lists = [tuple(stops) if row.stop_ids is None else row.stop_ids for row in rows]
         beyond = max((token for row in rows for token in row.stop_ids or ()), default=0)
         if beyond >= vocab:
             raise InputError(f"stop_ids must name ids below {vocab}, got {beyond}")
-        table = np.full((len(rows), max(1, len(stops), *map(len, lists))), -1, np.int32)
+        table = np.full((len(rows), STOPS_AT_MOST), -1, np.int32)
         for line, ids in zip(table, lists, strict=True):
             line[: len(ids)] = ids
         bias = None
@@ -208,9 +210,9 @@ class Settings:
             seed=column("seed", np.uint32),
             least=column("min_new_tokens", np.int32),
             limit=column("max_new_tokens", np.int32),
-            stops=jnp.asarray(table),
-            bias=None if bias is None else jnp.asarray(bias),
-            in_prompt=None if in_prompt is None else jnp.asarray(in_prompt),
+            stops=jax.device_put(table),
+            bias=None if bias is None else jax.device_put(bias),
+            in_prompt=None if in_prompt is None else jax.device_put(in_prompt),
         )
 
 

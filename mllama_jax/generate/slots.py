@@ -38,14 +38,15 @@ class Caches:
         return CrossCache(self.tiles, spans, tokens) if spans.shape[1] else None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "length"))
-def empty(model: MllamaModel, *, slots: int, length: int) -> Caches:
-    """Caches with room for `length` positions a slot and for no picture."""
+@functools.partial(jax.jit, static_argnames=("model", "slots", "length", "tiles"))
+def empty(model: MllamaModel, *, slots: int, length: int, tiles: int) -> Caches:
+    """Caches with room for `length` positions a slot and so many tiles."""
     text = tuple(layer.placed(model.constrain) for layer in model.empty_cache(slots, length))
-    return Caches(text, tuple(model.empty_layer(slots, 0) for _ in model.config.text.cross_layers))
+    one = model.empty_layer(slots, tiles * tile_length(model))
+    return Caches(text, tuple(one.placed(model.constrain, "image_seq") for _ in model.config.text.cross_layers))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
 def read(
     model: MllamaModel,
     params: Params,
@@ -55,16 +56,11 @@ def read(
     tokens: jax.Array,
     starts: jax.Array,
     ends: jax.Array,
-    settings: Settings,
-    made: jax.Array,
-    counts: jax.Array | None,
-    *,
-    top: int,
-) -> tuple[Caches, Made]:
-    """Read tokens int [R, T] into the slots `rows` int [R] at positions from `starts` [R] on, and choose what follows
-    the ones at `ends` [R] of them. A slot may be named again with the same tokens.
+) -> tuple[Caches, jax.Array]:
+    """Read tokens int [R, T] into the slots `rows` int [R] at positions from `starts` [R] on: logits float32 [R, V] of
+    what follows the ones at `ends` [R] of them. A slot may be named again with the same tokens.
 
-    `spans` int32 [R, M, 2] say who sees the slots' tiles; `settings`, `made` [R] and `counts` [R, V] are the slots'.
+    `spans` int32 [R, M, 2] say who sees the slots' tiles.
     """
     R, T = tokens.shape
 
@@ -81,8 +77,15 @@ def read(
     cross = own.cross(spans, tile_tokens(model))
     x, text = call(model, params, "__call__", tokens, positions, own.text, cross)
     caches = dataclasses.replace(caches, text=jax.tree.map(put, caches.text, text))
-    state = State((), made, made, made, jnp.zeros(R, bool), counts)
-    return caches, choose(call(model, params, "logits", x[jnp.arange(R), ends]), state, settings, top)[1]
+    return caches, call(model, params, "logits", x[jnp.arange(R), ends])
+
+
+@functools.partial(jax.jit, static_argnames="top")
+def follow(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.Array | None, *, top: int) -> Made:
+    """The next token of rows that have `made` int32 [R] so far, from logits [R, V]; apart from `read`, so that one
+    that takes minutes to compile does for all settings.
+    """
+    return choose(logits, State((), made, made, made, jnp.zeros(len(made), bool), counts), settings, top)[1]
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
@@ -95,22 +98,35 @@ def copy_row(caches: Caches, source: jax.Array, target: jax.Array) -> Caches:
     return jax.tree.map(copy, caches)
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def take_tiles(caches: Caches, row: jax.Array, start: jax.Array, *, length: int) -> Layers:
-    """Keys and values of tiles that a slot holds, [1, K, length, H] a layer."""
+@functools.partial(jax.jit, static_argnames="model")
+def take_tiles(model: MllamaModel, caches: Caches, row: jax.Array, first: jax.Array) -> Layers:
+    """Keys and values of as many tiles as a picture may have, from a slot's `first` on: [1, K, C * N', H] a layer.
+
+    Where the picture has fewer, what comes behind it means nothing.
+    """
+    N = tile_length(model)
 
     def take(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (row, 0, start, 0)[: x.ndim], (1, x.shape[1], length, *x.shape[3:]))
+        own = jax.lax.dynamic_slice_in_dim(x, row, 1)
+        tiles = [jax.lax.dynamic_slice_in_dim(own, (first + i) * N, N, 2) for i in range(picture_tiles(model))]
+        return jnp.concatenate(tiles, axis=2)
 
     return jax.tree.map(take, caches.tiles)
 
 
-@functools.partial(jax.jit, donate_argnames="caches")
-def put_tiles(caches: Caches, tiles: Layers, row: jax.Array, start: jax.Array) -> Caches:
-    """Put keys and values [1, K, length, H] a layer into a slot."""
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
+def put_tiles(model: MllamaModel, caches: Caches, tiles: Layers, row: jax.Array, first: jax.Array) -> Caches:
+    """Put a picture's keys and values, as `take_tiles` gives them, into a slot from its tile `first` on.
+
+    Where the picture has fewer tiles, those behind it are overwritten.
+    """
+    N = tile_length(model)
 
     def put(x: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(x, new, (row, 0, start, 0)[: x.ndim])
+        for i in reversed(range(picture_tiles(model))):  # what is beyond the last tile lands on it, before its own does
+            one = new[:, :, i * N : (i + 1) * N]
+            x = jax.lax.dynamic_update_slice(x, one, (row, 0, (first + i) * N, 0)[: x.ndim])
+        return x
 
     return dataclasses.replace(caches, tiles=jax.tree.map(put, caches.tiles, tiles))
 
@@ -128,3 +144,13 @@ def longer(model: MllamaModel, layer: KVCache, *, length: int, axis: str) -> KVC
 def tile_tokens(model: MllamaModel) -> int:
     """How many positions of a tile in the image cache are real; see `CrossCache`."""
     return model.config.vision.tokens if model.config.vision is not None else 0
+
+
+def tile_length(model: MllamaModel) -> int:
+    """How many positions a tile has in the image cache."""
+    return model.config.vision.padded_tokens if model.config.vision is not None else 0
+
+
+def picture_tiles(model: MllamaModel) -> int:
+    """How many tiles a picture has at most."""
+    return model.config.vision.max_tiles if model.config.vision is not None else 0

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
-import jax
+import numpy as np
+from jax.errors import JaxRuntimeError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -24,13 +25,16 @@ from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
 from mllama_jax.generate import requests
 from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
-from mllama_jax.processes import versions
+from mllama_jax.generate.warm import warm_up
+from mllama_jax.processes import leaving, versions
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
 from mllama_jax.serve import protocol
 from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
+from mllama_jax.serve.hosts import FollowedEngine, Follower, Leader
 from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.keys import Keys
 from mllama_jax.serve.metrics import Metrics
@@ -54,12 +58,14 @@ class Limits:
 
     Attributes:
         queue: requests that may wait for a slot.
+        pictures: of a request.
         body: bytes of a request, which must come within `seconds`.
         hosts: from which pictures may be fetched.
         keys: one of which a request must bear, if there are any.
     """
 
     queue: int = 256
+    pictures: int = 4
     body: int = 32 * 2**20
     seconds: float = 30.0
     hosts: frozenset[str] = frozenset()
@@ -82,13 +88,17 @@ class Service:
     def __init__(
         self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits, guard: Mllama | None = None
     ):
+        self.guard: Guard | None = None
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
         self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
         self.replies = Replies(name, model.tokenizer)
         self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
-        self.worker = Worker(Engine(model.model, model.params, slots=slots, context=context), turns)
-        self.guard = None if guard is None else Guard(guard, slots=slots, turns=turns, aside=self._aside)
+        pictures = min(limits.pictures, 1), limits.pictures
+        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=pictures)
+        self.worker = Worker(engine, turns)
+        if guard is not None:
+            self.guard = Guard(guard, slots=slots, context=engine.context, turns=turns, aside=self._aside)
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
@@ -100,8 +110,27 @@ class Service:
             worker.start()
 
     def stop(self) -> None:
+        """End the engines after the steps that they are in, and the other processes."""
         for worker in self._workers():
             worker.stop()
+        self.worker.leader.end()
+
+    def lead(self, leader: Leader) -> None:
+        """Tell other processes what to do."""
+        for worker in self._workers():
+            worker.leader = leader
+
+    def give_up(self, why: str) -> None:
+        """Tell everyone who waits that there will be no answer."""
+        for worker in self._workers():
+            worker.give_up(why)
+
+    def follower(self) -> Follower:
+        """What does the same in another process."""
+        engines = [FollowedEngine(self.worker.engine, self.tokenizer, self.guide)]
+        if self.guard is not None:
+            engines.append(FollowedEngine(self.guard.worker.engine, self.guard.model.tokenizer, self.guide))
+        return Follower(engines, self.model.attention)
 
     def _workers(self) -> list[Worker]:
         return [self.worker] if self.guard is None else [self.worker, self.guard.worker]
@@ -155,8 +184,6 @@ class Service:
 
     async def look(self, body: dict[str, Any], request: Request) -> Response:
         """Where the words of the answer with which a conversation ends look on its pictures."""
-        if jax.process_count() > 1:
-            raise InputError("look: a server of several processes does not tell where it looks")
         with self._arrival():
             asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
             *conversation, last = asked.prompts[0] or [{}]
@@ -168,10 +195,16 @@ class Service:
             if len(prompt.tokens) > most:
                 many = f"{len(prompt.images)} pictures" if len(prompt.images) > 1 else "a picture"
                 raise InputError(f"messages: at most {most} tokens with {many}, got {len(prompt.tokens)}")
-            look = functools.partial(self.model.look, conversation, answer, tools=asked.tools)
+            question = await self._aside(self.model.looking, conversation, answer, asked.tools)
             async with self._looking:
-                found = await asyncio.get_running_loop().run_in_executor(self._turns, look)
+                attention = await asyncio.get_running_loop().run_in_executor(self._turns, self._attend, question.rows)
+            found = await self._aside(question.answered, attention)
         return JSONResponse(told_look(found))
+
+    def _attend(self, rows: Rows) -> np.ndarray:
+        with leaving():  # the others would wait for what failed here
+            self.worker.leader.tell_attention(rows)
+            return self.model.attention(rows)
 
     def _looked_at_most(self, pictures: int) -> int:
         """How many tokens' attention to so many pictures has room."""
@@ -179,11 +212,23 @@ class Service:
         seen = 0 if vision is None else pictures * vision.max_tiles * vision.padded_tokens
         return min(self.worker.engine.context, SCORES // (text.heads * max(seen, 1)))
 
-    async def warm(self, conversation: list[Any]) -> None:
-        """Answer a conversation shortly, which compiles what such ones need."""
-        async for _ in self.answer(conversation, max_new_tokens=2):
-            pass
-        await self._judge(conversation)
+    async def warm_up(self, told: Callable[[int, int], None]) -> None:
+        """Compile all that the engines will run, and be ready; `told` hears how many of how many steps are done."""
+        loop = asyncio.get_running_loop()
+        for worker in self._workers():
+            steps = warm_up(worker.engine)
+            try:
+                while (step := await loop.run_in_executor(self._turns, next, steps, None)) is not None:
+                    told(*step)
+            except JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                have = f"{len(self.worker.engine.slots)} slots of {self.worker.engine.context} positions"
+                raise InputError(
+                    f"{have} and {self.limits.pictures} pictures do not fit into memory beside the weights; lower "
+                    "--slots, --context or --images"
+                ) from None
+        self.ready = True
 
     async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
         """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from mllama_jax.serve.app import Service
 
 KEYS = "MLLAMA_API_KEYS"  # in the environment, separated by commas
+EVERY = 5  # seconds between what is told of the warm-up
 HTTP: dict[str, Any] = {  # settings of uvicorn
-    "http": "h11",  # which bounds headers, whatever else is installed
+    "http": "mllama_jax.serve.patience:PatientProtocol",  # on h11, which bounds headers
     "log_config": None,
     "access_log": False,
     "timeout_keep_alive": 30,
@@ -39,6 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--name", help="of the model in requests (default: that of its directory)")
     parser.add_argument("--slots", type=int, default=8, help="requests that are answered at once")
     parser.add_argument("--context", type=int, default=8192, help="positions of a request, its answer included")
+    parser.add_argument("--images", type=int, default=4, help="pictures of a request at most; 0 answers texts alone")
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait")
     parser.add_argument(
         "--image-host", action="append", default=[], help="fetch pictures from there; may be given again"
@@ -54,14 +57,14 @@ def run(args: argparse.Namespace) -> None:
     for name in ("slots", "context", "queue"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.images < 0:
+        raise InputError(f"--images must be at least 0, got {args.images}")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     try:
-        import jax
         import uvicorn  # noqa: F401  used below, missed here: before the model is loaded
 
         from mllama_jax.serve.app import Limits, Service
-        from mllama_jax.serve.hosts import Follower
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mllama-jax[serve]'") from None
     from mllama_jax.cli import join, load_model, not_first
@@ -71,8 +74,6 @@ def run(args: argparse.Namespace) -> None:
     keys = tuple(key for key in os.environ.get(KEYS, "").split(",") if key)
     join(args)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX, once joined, would note it and go on
-    if args.guard is not None and jax.process_count() > 1:
-        raise InputError("--guard: expected one process, several do not run a second model yet; leave it out")
     model = load_model(args)
     if model.groups > 1:
         raise InputError(
@@ -80,11 +81,11 @@ def run(args: argparse.Namespace) -> None:
             "fewer devices"
         )
     guard = None if args.guard is None else load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
-    limits = Limits(queue=args.queue, hosts=frozenset(args.image_host), keys=keys)
+    limits = Limits(queue=args.queue, pictures=args.images, hosts=frozenset(args.image_host), keys=keys)
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
     if not_first():
-        Follower(service.worker.engine, service.tokenizer, service.guide).run()
+        service.follower().run()
     else:
         _lead(service, args)
 
@@ -96,10 +97,10 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
     from mllama_jax.serve.hosts import Leader
 
     listening, worker = listen(args.host, args.port), service.worker
-    worker.leader = Leader.of_all()
+    service.lead(Leader.of_all())
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
     shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(worker.leader.followers)}
-    shown |= {"slots": args.slots, "context": worker.engine.context, "queue": args.queue}
+    shown |= {"slots": args.slots, "context": worker.engine.context, "images": args.images, "queue": args.queue}
     shown |= {"image_hosts": args.image_host, "guard": args.guard, "keys": len(service.limits.keys)}
     print(json.dumps(shown), file=sys.stderr)
 
@@ -131,7 +132,7 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
 
     def farewell() -> None:
         with contextlib.suppress(RuntimeError):  # the loop may have ended
-            service.worker.give_up("a process of this server failed; it starts again")
+            service.give_up("a process of this server failed; it starts again")
             loop.call_soon_threadsafe(stopping.set)
             told.wait()
 
@@ -153,14 +154,15 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
 
 
 async def warm_up(service: Any) -> None:
-    """Compile what a request with and one without a picture needs, then be ready."""
-    from PIL import Image
+    """Compile all that will be run, telling every few seconds how far this is, then be ready."""
+    began = last = time.monotonic()
 
-    content: list[Any] = [{"type": "text", "text": "Hello"}]
-    conversations = [content]
-    if service.model.config.vision is not None:
-        conversations.append([{"type": "image", "image": Image.new("RGB", (64, 64))}, *content])
-    for each in conversations:
-        await service.warm([{"role": "user", "content": each}])
-    service.ready = True
-    print(json.dumps({"event": "ready"}), file=sys.stderr)
+    def tell(done: int, steps: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= EVERY:
+            last = now
+            told = {"event": "warming up", "done": done, "of": steps, "seconds": round(now - began, 1)}
+            print(json.dumps(told), file=sys.stderr)
+
+    await service.warm_up(tell)
+    print(json.dumps({"event": "ready", "seconds": round(time.monotonic() - began, 1)}), file=sys.stderr)

@@ -22,15 +22,19 @@ from mllama_jax.serve.worker import Worker
 class Guard:
     """Judges with an engine of its own, whose steps take turns with the served model's.
 
-    Its slots may be as long as its model allows: what the served model may read, the guard reads with its task around.
+    It has room for a conversation of `context` positions with its task around.
     """
 
-    def __init__(self, model: Mllama, *, slots: int, turns: Executor, aside: Callable[..., Awaitable[Any]]):
+    def __init__(
+        self, model: Mllama, *, slots: int, context: int, turns: Executor, aside: Callable[..., Awaitable[Any]]
+    ):
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; a guard needs one, add it")
         self.model, self.aside = model, aside
-        engine = Engine(model.model, model.params, slots=slots, context=model.config.text.context)
-        self.worker = Worker(engine, turns)
+        (task,) = guard_prompts([{"role": "user", "content": ""}], model.tokenizer)
+        context += len(task.tokens) + ANSWER
+        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=(1, 1))
+        self.worker = Worker(engine, turns, number=1)
 
     async def judge(self, conversation: list[Any]) -> Verdict:
         """What the guard says of the last turn. Raises NoVerdict where it says neither safe nor unsafe."""

@@ -1,7 +1,8 @@
 """Several hosts answer as one: process 0 listens to clients, and all processes run the same steps of the same engine.
 
 What an engine does follows from its calls alone. So each process has one, and before every step process 0 tells the
-others which requests came and which were given up; they do the same, and step. They hear of it over a connection of
+others which requests came and which were given up; they do the same, and step. So they do with the guard's engine, and
+where an answer's look is asked for. They hear of it over a connection of
 their own: not by a collective, which would keep the devices of an idle server busy and time out, and not through JAX's
 key-value store, which on loopback takes 8 ms for a message and 0.4 s for a picture of four tiles where a connection
 takes 0.03 ms and 0.08 s. A message is JSON and arrays, in safetensors; an empty one asks to end, or says so.
@@ -14,6 +15,7 @@ import dataclasses
 import hmac
 import itertools
 import json
+import queue
 import secrets
 import signal
 import socket
@@ -30,15 +32,18 @@ from safetensors.numpy import load, save
 
 from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.generate.warm import warm_up
 from mllama_jax.processes import LOST, coordinator_host, leave, place, store
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.tokenizer import Tokenizer
 
 KEY = "mllama/serve"  # in the store: the port where process 0 waits for the others, and what they must show
 DAY = 24 * 3600  # seconds for all to have loaded the model; one that is lost until then is noticed otherwise
+PATIENCE = 10  # seconds without a word after which a stranger is sent away
 IDLE = 60  # seconds after which an idle connection gives a sign, before firewalls forget it
 
 What = Literal["submit", "cancel"]
@@ -88,25 +93,19 @@ class Leader:
 
     @classmethod
     def of_all(cls) -> Leader:
-        """Waits until all others follow."""
+        """Waits until all others follow, who show the secret that they alone can know; others are sent away."""
         _, n = place()
         if n == 1:
             return cls()
         dual = socket.has_dualstack_ipv6()
-        family, secret, found = socket.AF_INET6 if dual else socket.AF_INET, secrets.token_bytes(32), []
+        family, secret = socket.AF_INET6 if dual else socket.AF_INET, secrets.token_bytes(32)
+        found: queue.Queue[Connection] = queue.Queue()
         with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
             store().key_value_set(KEY, f"{server.getsockname()[1]} {secret.hex()}")
-            while len(found) < n - 1:
-                peer, _ = server.accept()
-                peer.settimeout(10)  # a stranger may say nothing
-                shown = b""
-                with contextlib.suppress(OSError):
-                    shown = peer.recv(len(secret), socket.MSG_WAITALL)
-                if hmac.compare_digest(shown, secret):
-                    found.append(Connection(peer))
-                else:
-                    peer.close()
-        return cls(found)
+            threading.Thread(target=_admit, args=[server, secret, found], daemon=True).start()
+            followers = [found.get() for _ in range(n - 1)]
+            server.shutdown(socket.SHUT_RDWR)  # which ends the thread
+        return cls(followers)
 
     def watch(self, asked_to_end: Callable[[], None]) -> None:
         """Leave when a follower is gone; do something when one is asked to end, which none does alone."""
@@ -120,8 +119,8 @@ class Leader:
         for follower in self.followers:
             threading.Thread(target=listen, args=[follower], daemon=True).start()
 
-    def tell(self, orders: Sequence[Order], failed: int) -> None:
-        """Let the others do this and a step; `failed` steps have ended in an exception so far."""
+    def tell_step(self, engine: int, orders: Sequence[Order], failed: int) -> None:
+        """Let the others give this to an engine and step it; `failed` of its steps ended in an exception so far."""
         if not self.followers:
             return
         told, pixels = [], {}
@@ -130,17 +129,44 @@ class Leader:
                 self._numbers[request] = next(self._count)
                 pixels |= {picture.digest.hex(): picture.pixels for picture in request.pictures}
             told.append([what, self._numbers[request], _told(request) if what == "submit" else None])
-        body = json.dumps({"failed": failed, "orders": told}).encode()
-        self._say(save({"": np.frombuffer(body, np.uint8), **pixels}))
+        self._tell({"engine": engine, "failed": failed, "orders": told}, pixels)
+
+    def tell_attention(self, rows: Rows) -> None:
+        """Let the others compute `Mllama.attention`."""
+        if self.followers:
+            self._tell({"engine": None}, {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)})
 
     def end(self) -> None:
         """Let the others end."""
         self._ended = True
         self._say(b"")
 
+    def _tell(self, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        body = {"": np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays}
+        self._say(save({name: np.ascontiguousarray(array) for name, array in body.items()}))  # views would be garbled
+
     def _say(self, message: bytes) -> None:
         for follower in self.followers:
             follower.send(message)
+
+
+def _admit(server: socket.socket, secret: bytes, found: queue.Queue[Connection]) -> None:
+    """Let in who shows the secret, each in a thread of its own: a stranger may say nothing."""
+
+    def meet(peer: socket.socket) -> None:
+        peer.settimeout(PATIENCE)
+        shown = b""
+        with contextlib.suppress(OSError):
+            while len(shown) < len(secret) and (more := peer.recv(len(secret) - len(shown))):
+                shown += more
+        if hmac.compare_digest(shown, secret):
+            found.put(Connection(peer))
+        else:
+            peer.close()
+
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Thread(target=meet, args=[server.accept()[0]], daemon=True).start()
 
 
 def _told(request: Request) -> dict[str, Any]:
@@ -156,12 +182,10 @@ def _told(request: Request) -> dict[str, Any]:
 
 
 class Follower:
-    """A process that does what process 0 says. `guide` makes what holds an answer to a schema."""
+    """A process that does what process 0 says: with engines, in the order of their numbers, and `Mllama.attention`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, guide: Callable[[dict[str, Any]], Guide]):
-        self.engine, self.tokenizer, self.guide = engine, tokenizer, guide
-        self._live: dict[int, Request] = {}
-        self._failed = 0
+    def __init__(self, engines: Sequence[FollowedEngine], attention: Callable[[Rows], Any]):
+        self.engines, self.attention = engines, attention
 
     def run(self) -> None:
         """Follow until process 0 ends."""
@@ -177,15 +201,33 @@ class Follower:
         leader = Connection(peer)
         for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
             signal.signal(number, lambda *_: leader.send(b""))
+        for each in self.engines:
+            for _ in warm_up(each.engine):
+                pass
         while message := leader.receive():
             self.follow(message)
         if message is None:
             leave(LOST, f"process 0 is gone, so process {place()[0]} leaves")
 
     def follow(self, message: bytes) -> None:
-        """Do what process 0 does in the step that it tells of."""
+        """Do what process 0 tells of."""
         arrays = load(message)
         told = json.loads(arrays.pop("").tobytes())
+        if told["engine"] is None:
+            self.attention(Rows(**arrays))
+        else:
+            self.engines[told["engine"]].follow(told, arrays)
+
+
+class FollowedEngine:
+    """An engine that does what process 0's does. `guide` makes what holds an answer to a schema."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, guide: Callable[[dict[str, Any]], Guide]):
+        self.engine, self.tokenizer, self.guide = engine, tokenizer, guide
+        self._live: dict[int, Request] = {}
+        self._failed = 0
+
+    def follow(self, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         if told["failed"] != self._failed:
             raise RuntimeError(f"{self._failed} steps failed here and {told['failed']} in process 0: they have parted")
         orders = [self._order(what, number, request, arrays) for what, number, request in told["orders"]]

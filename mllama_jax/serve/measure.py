@@ -2,8 +2,9 @@
 
     python -m mllama_jax.serve.measure
 
-Each client sends one question with a picture after the other over connections of their own; all answers to a question
-must be the same. Linux only: memory is VmRSS of the server.
+Each client sends one question with a picture after the other over connections of their own. Every question is asked
+twice, half of all requests apart, and must be answered alike. Linux only: memory is VmRSS of the server. What it would
+keep of each request or picture shows as growth: the median of the last quarter's readings over that of the second.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 from mllama_jax.errors import InputError
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
-QUESTIONS, SLOTS, NEW = 8, 16, 16  # questions of each family, slots of the server, tokens of an answer
+SLOTS, NEW = 16, 16  # of the server, tokens of an answer
 POINTS = 20  # at which memory is read
 
 
@@ -36,7 +37,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--clients", type=int, default=200)
     args = parser.parse_args()
-    bodies = [_body(conversation(example)[:1]) for family in FAMILIES for example in held_out(family, QUESTIONS)]
+    each = -(-args.requests // (2 * len(FAMILIES)))
+    bodies = [_body(conversation(example)[:1]) for family in FAMILIES for example in held_out(family, each)]
     with _server() as (pid, port):
         load = Load(bodies, pid, port, args.requests)
         asyncio.run(load.run(args.clients))
@@ -125,7 +127,14 @@ class Load:
         cuts = statistics.quantiles(self.seconds, n=100)
         speed = {"seconds": round(self.whole, 1), "requests_per_second": round(self.requests / self.whole, 1)}
         spread = {"median_seconds": round(cuts[49], 2), "p99_seconds": round(cuts[98], 2)}
-        return {"failed": len(self.failed), "faults": self.failed[:3], **speed, **spread, "megabytes": self.megabytes}
+        memory = {"megabytes": self.megabytes, "growth": round(self.growth(), 4)}
+        return {"failed": len(self.failed), "faults": self.failed[:3], **speed, **spread, **memory}
+
+    def growth(self) -> float:
+        """Of memory, from the second quarter to the last, as a share; what comes before finds its size."""
+        quarter = len(self.megabytes) // 4
+        second, last = self.megabytes[quarter : 2 * quarter], self.megabytes[-quarter:]
+        return statistics.median(last) / statistics.median(second) - 1
 
 
 def _memory(pid: int) -> int:

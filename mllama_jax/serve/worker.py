@@ -42,10 +42,12 @@ class Worker:
 
     Attributes:
         leader: tells other processes what to do.
+        number: of the engine, among those that the processes have.
     """
 
-    def __init__(self, engine: Engine, turns: Executor | None = None):
-        self.engine, self.leader, self._turns = engine, Leader(), turns or ThreadPoolExecutor(1)
+    def __init__(self, engine: Engine, turns: Executor | None = None, number: int = 0):
+        self.engine, self.number, self.leader = engine, number, Leader()
+        self._turns = turns or ThreadPoolExecutor(1)
         self._orders: deque[Order] = deque()
         self._listeners: dict[Request, Callable[[Piece | EngineFault], None]] = {}
         self._awake, self._stopping = threading.Event(), False
@@ -57,13 +59,12 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step that it is in, and the other processes. Raises EngineFault after `give_up`."""
+        """End the thread after the step that it is in. Raises EngineFault after `give_up`."""
         if self._lost:
             raise self._lost
         self._stopping = True
         self._awake.set()
         self._thread.join()
-        self.leader.end()
 
     def give_up(self, why: str) -> None:
         """Tell everyone that there will be no answer, from another thread: the engine's may be in a step forever."""
@@ -114,15 +115,12 @@ class Worker:
                 self._awake.wait()
                 self._awake.clear()
                 while not self._stopping and (self._orders or self.engine.busy):
-                    self._turn()
-
-    def _turn(self) -> None:
-        orders = [self._orders.popleft() for _ in range(len(self._orders))]
-        self.leader.tell(orders, self._failed)
-        obey(self.engine, orders)
-        self._turns.submit(self._step).result()
+                    self._turns.submit(self._step).result()
 
     def _step(self) -> None:
+        orders = [self._orders.popleft() for _ in range(len(self._orders))]
+        self.leader.tell_step(self.number, orders, self._failed)
+        obey(self.engine, orders)
         try:
             for request, text in self.engine.step():
                 if listen := self._listeners.get(request):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,8 @@ import pytest
 import mllama_jax
 from mllama_jax.processes import LOST
 from tests.served import metric
-from tests.served_together import check_answers, endless, serving
+from tests.served_together import Server, check_answers, endless, serving
 from tests.test_processes import children
-
-Server = tuple[list[subprocess.Popen[str]], str]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,112 @@
+"""Every program that an engine runs in its life, compiled before anyone waits for it.
+
+There are few, for what they work on has few sizes: caches have the engine's `lengths` and `widths`, prompts are read in
+chunks of a few sizes, alone or together, and settings are of two kinds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from mllama_jax.config import VisionConfig
+from mllama_jax.generate import decode, engine, slots
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.requests import Picture, Request, settings_of
+from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.model.vision import TILES
+from mllama_jax.processing.chat import Prompt
+
+AT_ONCE = 16  # programs that are compiled at once, at most
+KINDS = tuple(SamplingParams(max_new_tokens=engine.STEPS + 2, stop_ids=(), logprobs=n) for n in (0, 1))  # of settings
+
+
+def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
+    """Compile all programs, several at once, and run each; gives how many of how many steps of this are done.
+
+    The engine must be idle, and is empty thereafter. Its caches are at their largest for a while, so that what does not
+    fit is known now.
+    """
+    levels = [*itertools.product(reversed(served.lengths), reversed(served.widths))]
+    programs = sum(len(KINDS) + sum(1 for _ in _reads(served, length)) for length, _ in levels)
+    steps, done = programs + len(levels), itertools.count(1)
+    compilers = ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1))
+    try:  # JAX keeps what was compiled for calls with such arguments
+        lowered = itertools.chain.from_iterable(_lowered(served, *level) for level in levels)
+        compiled = []
+        for each in lowered:
+            compiled.append(compilers.submit(each.compile))
+            yield 0, steps
+        for each in compiled:
+            each.result()
+            yield next(done), steps
+    finally:
+        compilers.shutdown(cancel_futures=True)
+    for level in reversed(levels):
+        _rehearse(served, *level)
+        yield next(done), steps
+    served._begin_anew()
+    served.counts.clear()
+
+
+def _lowered(served: Engine, length: int, width: int) -> Iterator[jax.stages.Lowered]:
+    """The programs on caches of a size that take long to compile."""
+    model, params, n = served.model, served.params, len(served.slots)
+    caches = slots.empty(model, slots=n, length=length, tiles=width)
+
+    def ints(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    for rows, size in _reads(served, length):
+        places = ints(rows, width, 2), ints(rows)
+        yield slots.read.lower(model, params, caches, *places, ints(rows, size), ints(rows), ints(rows))
+    for kind in KINDS:
+        settings, counts, top = settings_of(served.config, [_request(served, 0, 1, kind)] * n)
+        state = served.state(ints(n), ints(n), ints(n), np.ones(n, bool), counts)
+        state = dataclasses.replace(state, cache=caches.text)
+        cross = caches.cross(jax.device_put(ints(n, width, 2)), slots.tile_tokens(model))
+        yield decode.decode.lower(model, params, state, cross, settings, steps=engine.STEPS, top=top)
+
+
+def _reads(served: Engine, length: int) -> Iterator[tuple[int, int]]:
+    """How many prompts, and tokens of each, are read at once into slots of a length."""
+    for size in engine.sizes():
+        if size < length:
+            yield 1, size
+            if len(served.slots) > 1 and engine.TOGETHER * size <= 2 * engine.CHUNK:
+                yield engine.TOGETHER, size
+
+
+def _rehearse(served: Engine, length: int, width: int) -> None:
+    """Run all that is run on caches of a size."""
+    served._begin_anew()
+    served._make_room(positions=length - 1, tiles=width)
+    served._change(slots.copy_row, 0, 0)
+    if width and (vision := served.config.vision) is not None:
+        served._put(served._encode(_picture(vision)), 0, 0)
+        served._put(slots.take_tiles(served.model, served._caches, 0, 0), 0, 0)
+    numbers = itertools.count()
+    for kind, (rows, size) in itertools.product(KINDS, _reads(served, length)):
+        for _ in range(min(rows, 2)):
+            served.submit(_request(served, next(numbers), size, kind))
+        while served.busy:
+            for _ in served.step():
+                pass
+
+
+def _picture(vision: VisionConfig) -> Picture:
+    pixels = np.zeros((1, vision.max_tiles, 3, vision.tile, vision.tile), np.float32)
+    return Picture(b"", pixels, np.array([TILES.index(vision.max_tiles)], np.int32))
+
+
+def _request(served: Engine, number: int, size: int, kind: SamplingParams) -> Request:
+    """Of so many tokens, if there is room, which begin unlike those of the numbers before."""
+    tokens = [number % served.config.text.vocab] * min(size, served.context - kind.max_new_tokens)
+    return Request.prepared(served.config, Prompt(tokens, []), Answer(kind, (), None), [], None)
