@@ -4,10 +4,10 @@ from mllama_jax.api import Mllama
 from mllama_jax.config import MllamaConfig
 from mllama_jax.generate.answer import Completion
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.libtpu import forbid_large_tiles, is_tpu7x
 from mllama_jax.loading import load
 from mllama_jax.processing.guard import Verdict
 from mllama_jax.saving import save
+from mllama_jax.sharding.libtpu import forbid_large_tiles, is_tpu7x
 
 __all__ = ["Completion", "Mllama", "MllamaConfig", "SamplingParams", "Verdict", "load", "save"]
 

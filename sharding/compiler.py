@@ -9,7 +9,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from mllama_jax.errors import InputError
-from mllama_jax.libtpu import forbid_large_tiles
+from mllama_jax.sharding.libtpu import forbid_large_tiles
 
 # libtpu asks the host what TPU it is part of; these answer, and the topology that is compiled for decides.
 _ENVIRONMENT = {

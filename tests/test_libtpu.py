@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mllama_jax.libtpu import forbid_large_tiles, is_tpu7x
+from mllama_jax.sharding.libtpu import forbid_large_tiles, is_tpu7x
 
 
 @pytest.mark.parametrize(
