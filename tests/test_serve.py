@@ -280,7 +280,7 @@ BOMB = Image.new("1", (15000, 15000))
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs true"),
         ({"stream": "yes"}, "stream: expected bool, got str"),
         ({"stop": [""]}, "stop must have no empty text"),
-        ({"stop_token_ids": [*range(17)]}, "stop_ids must be at most 16 token ids, got 20"),  # the model has three of its own
+        ({"stop_token_ids": [*range(17)]}, "stop_ids must be at most 16 token ids, got 20"),  # with the model's
         ({"image": data_url(Image.new("RGB", (9, 9)))}, "3 pictures exceed the 2 of a slot; show fewer"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}, "tool_calls: expected list, got int"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "expected a function"),
