@@ -280,6 +280,8 @@ BOMB = Image.new("1", (15000, 15000))
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs true"),
         ({"stream": "yes"}, "stream: expected bool, got str"),
         ({"stop": [""]}, "stop must have no empty text"),
+        ({"stop_token_ids": [*range(17)]}, "stop_ids must be at most 16 token ids, got 20"),  # with the model's
+        ({"image": data_url(Image.new("RGB", (9, 9)))}, "3 pictures exceed the 2 of a slot; show fewer"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}, "tool_calls: expected list, got int"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "expected a function"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
@@ -294,7 +296,7 @@ BOMB = Image.new("1", (15000, 15000))
 def test_what_cannot_be_answered_is_named(url: str, change: dict[str, Any], message: str) -> None:
     if "image" in change:
         part = {"type": "image_url", "image_url": {"url": change["image"]}}
-        change = {"messages": [{"role": "user", "content": [part]}]}
+        change = {"messages": [{"role": "user", "content": [part] * 3}]}
     status, told = post(url, "/v1/chat/completions", HELLO | change)
     assert status == 400
     assert message in told["error"]["message"]

@@ -38,7 +38,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     args = parser.parse_args()
     each = -(-args.requests // (2 * len(FAMILIES)))
-    bodies = [_body(conversation(example)[:1]) for family in FAMILIES for example in held_out(family, each)]
+    mixed = zip(*(held_out(family, each) for family in FAMILIES), strict=True)
+    bodies = [_body(conversation(example)[:1]) for examples in mixed for example in examples]
     with _server() as (pid, port):
         load = Load(bodies, pid, port, args.requests)
         asyncio.run(load.run(args.clients))
