@@ -224,7 +224,7 @@ def ask_peer(what: str, *options: Any) -> dict[str, float]:
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(f"--versus transformers: it ended with code {done.returncode}: {reason}")
+        raise InputError(f"--versus: the peer ended with code {done.returncode}: {reason}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -103,7 +103,7 @@ def training_text(model: str, plan: TrainPlan) -> str:
         "a device holds, GiB",
         *(f"  {name:<28}{size / GIB:9.2f}" for name, size in rows),
         f"  {'needed':<28}{plan.needed / GIB:9.2f}  of {plan.usable / GIB:.2f}: "
-        + ("fits" if plan.fits else "does not fit"),
+        + ("fits" if plan.fits else f"does not fit, {(plan.needed - plan.usable) / GIB:.2f} too many"),
         "",
         f"a step does {plan.flops / 1e12:.0f} TFLOP; it takes at least {plan.seconds:.2f} s",
     ]

@@ -98,7 +98,7 @@ def plan(
     if compiled is None:
         compiled = topology.chip.platform == "tpu" and has_compiler()
     programs = programs_on(config, topology, preset, group, quantize, cache, abstract=not compiled)
-    _check_load(programs, load)
+    check_load(programs, load)
     found = _compile(programs, load) if compiled else _estimate(programs, load)
     if decode is not None:
         found["decode"] = dataclasses.replace(found["decode"], temporaries=decode[0], code=decode[1])
@@ -173,7 +173,7 @@ def largest_slots(programs: Programs, load: Workload, usable: int, found: dict[s
     return step * max(0, int(min((left - fixed) // each, (left - rest) // (each + row))))
 
 
-def _check_load(programs: Programs, load: Workload) -> None:
+def check_load(programs: Programs, load: Workload) -> None:
     for name, value in (("slots", load.slots), ("context", load.context)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -264,6 +264,6 @@ def plan_fits(
 ) -> bool:
     """Whether arithmetic says that `load` fits."""
     programs = programs_on(config, topology, preset, quantize=quantize, cache=cache, abstract=True)
-    _check_load(programs, load)
+    check_load(programs, load)
     most = max(temporaries(programs, load).values())
     return device_bytes(programs.params) + sum(_caches(programs, load)) + most <= topology.chip.hbm

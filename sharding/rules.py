@@ -136,7 +136,7 @@ def mesh_axes(preset: str, config: MllamaConfig, devices: int, group: int | None
 
     Args:
         group: how many devices share one copy of the computation of a row; by default all that can for `serve` and
-            `long-context`, one for `evaluate`, and up to the square root of `devices` for `fsdp+tensor`.
+            `long-context`, one for `evaluate` and `fsdp`, and up to the square root of `devices` for `fsdp+tensor`.
 
     Raises:
         InputError: the preset is unknown, or `group` does not divide the devices or the heads.
@@ -144,6 +144,8 @@ def mesh_axes(preset: str, config: MllamaConfig, devices: int, group: int | None
     check_preset(preset)
     heads, queries = config.text.kv_heads, config.text.heads // config.text.kv_heads
     if preset == "fsdp":
+        if group not in (None, 1):
+            raise InputError(f"fsdp: every device computes rows of its own, got groups of {group}; take fsdp+tensor")
         return {"fsdp": devices}
     if preset == "fsdp+tensor":
         tensor = group or _divisor(devices, heads, math.isqrt(devices))

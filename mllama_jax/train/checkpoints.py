@@ -77,7 +77,10 @@ def _same_recipe(path: Path, recipe: Recipe) -> None:
     if jax.process_index() > 0:
         return
     mine, unfinished = json.loads(json.dumps(dataclasses.asdict(recipe))), path.with_suffix(".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be made: {error.strerror}; name a new or empty directory") from None
     if path.exists():
         theirs = json.loads(path.read_bytes())
         for name, value in mine.items():

@@ -14,7 +14,8 @@ def step_flops(config: MllamaConfig, recipe: Recipe, batches: Batch) -> float:
     """Operations of a step's products with kernels and of attention; what remat does again does not count.
 
     A parameter of a kernel costs 2 a position forward, 2 for the gradient of its input where something at or below its
-    depth is trained, 2 for its own gradient where it is trained itself. Low-rank additions count nothing.
+    depth is trained (keys and values of pictures have the projector below them), 2 for its own gradient where it is
+    trained itself. Low-rank additions count nothing.
     """
     c, vision = config.text, config.vision
     text, pictures = batches.tokens.size, batches.ratio_ids.size
@@ -32,9 +33,10 @@ def step_flops(config: MllamaConfig, recipe: Recipe, batches: Batch) -> float:
     lowest = min(depth(path) for path in maps if learns(path))
     total = 0.0
     for path, kernel in maps.items():
-        positions = seen if path[0] != "text" or (path[1] in cross and path[-1] == "kv") else text
+        of_pictures = path[0] != "text" or (path[1] in cross and path[-1] == "kv")
+        positions = seen if of_pictures else text
         if path[1] not in cross or pictures:
-            passes = 1 + (depth(path) >= lowest) + is_trained(config, recipe.part, path)
+            passes = 1 + ((-1 if of_pictures else depth(path)) >= lowest) + is_trained(config, recipe.part, path)
             total += 2 * math.prod(kernel.value.shape) * positions * passes
     rows = math.prod(batches.tokens.shape[:-1])
     for i in range(c.layers):

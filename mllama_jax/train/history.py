@@ -80,9 +80,10 @@ class History:
             line["held_out_loss"] = held_out
             self.last = time.monotonic()
         self.steps.append(line)
-        self.bar.set_postfix(
-            {k: f"{line[k]:.4g}" for k in ("loss", "held_out_loss", "tokens_per_second", "mfu") if k in line}
-        )
+        told = {k: f"{line[k]:.4g}" for k in ("loss", "held_out_loss", "tokens_per_second", "mfu") if k in line}
+        if memory:
+            told["memory"] = f"{memory / 2**30:.1f} GiB"
+        self.bar.set_postfix(told)
         self.bar.update()
         if self.first:
             self.file.write(json.dumps(line) + "\n")

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="11b-instruct", help="a preset, or a directory for its config")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--remat", nargs="+", choices=REMAT, default=["layer"], help="as in a recipe")
+    parser.add_argument("--remat", choices=REMAT, default="layer", help="as in a recipe")
     parser.add_argument("--versus", choices=["peft"], help="the peer, on the same device just before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -65,16 +65,14 @@ def main() -> None:
         raise InputError(f"{args.model}: expected a model that sees, got one of text only; choose another")
     if args.versus and config != PRESETS["11b-instruct"]:
         raise InputError(f"--versus peft: expected the shapes of 11b-instruct, got {args.model}; leave it out")
-    lora = Recipe(model="", data="", part="lora", steps=1000, samples=args.rows, length=args.length)
-    recipes = {f"ours, remat {remat}": dataclasses.replace(lora, remat=remat) for remat in args.remat}
+    lora = Recipe(model="", data="", part="lora", steps=1000, samples=args.rows, length=args.length, remat=args.remat)
     found: dict[str, Cost] = {}
     if args.versus:  # first: JAX keeps the memory that it once had
         theirs = bench.ask_peer("lora", "--rows", args.rows, "--prompt", args.length)
         rate = args.rows * args.length / theirs["seconds"]
         share = share_of_chip(config, lora, theirs["seconds"])
         found["transformers and PEFT"] = Cost(theirs["seconds"], rate, share, int(theirs["peak"]))
-    for name, recipe in recipes.items():
-        found[name] = cost(config, recipe)
+    found[f"ours, remat {args.remat}"] = cost(config, lora)
     if args.json:
         from mllama_jax.check import environment
 

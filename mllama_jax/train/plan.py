@@ -16,7 +16,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.model.layers import REMAT
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.sharding.mesh import Topology
-from mllama_jax.sharding.plan import programs_on
+from mllama_jax.sharding.plan import check_load, programs_on
 from mllama_jax.sharding.programs import DoesNotFit, Workload, compile_program
 from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.rules import Rules
@@ -73,11 +73,9 @@ def train_plan(
             f"--train asks the TPU's compiler, which knows no {topology.chip.name}; choose a slice of TPUs, or on "
             "such a machine measure a step of LoRA: python -m mllama_jax.train.measure"
         )
-    rules = programs_on(config, topology, preset, group).rules
-    if load.slots % rules.parts("batch"):
-        raise InputError(
-            f"slots must be a multiple of the {rules.parts('batch')} parts in which rows are split, got {load.slots}"
-        )
+    programs = programs_on(config, topology, preset, group)
+    check_load(programs, load)
+    rules = programs.rules
     recipe = Recipe(model="", data="", part=part, steps=1000, samples=load.slots, length=load.context)
     state, frozen, batch = abstract_arguments(config, rules, recipe, load.images)
     model = MllamaModel(config, jnp.dtype(recipe.dtype), rules, REMAT[recipe.remat])

@@ -13,6 +13,7 @@ import jax
 import optax
 
 from mllama_jax.config import QUANTIZATIONS
+from mllama_jax.convert.store import is_bucket
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import REMAT
 from mllama_jax.sharding.rules import PRESETS
@@ -124,8 +125,9 @@ class Recipe:
             )
         if self.pictures is not None and self.loss != "supervised":
             raise InputError(f"pictures: dialogues with one answer; expected loss 'supervised', got {self.loss!r}")
-        if self.workers < 0:
-            raise InputError(f"workers: expected at least 0, got {self.workers}")
+        for name in ("workers", "weight_decay", "beta"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"{name}: expected at least 0, got {value}")
         if not 0 < self.b2 < 1:
             raise InputError(f"b2: expected a part between 0 and 1, got {self.b2}")
         if not 0 <= self.warmup < 1:
@@ -164,7 +166,9 @@ def read_recipe(path: Path) -> Recipe:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     places = {
-        name: str(path.parent / value) for name in ("model", "data", "held_out") if (value := getattr(recipe, name))
+        name: value if is_bucket(value) else str(path.parent / value)
+        for name in ("model", "data", "held_out")
+        if (value := getattr(recipe, name))
     }
     return dataclasses.replace(recipe, **places)
 

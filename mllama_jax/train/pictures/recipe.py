@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import shutil
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from mllama_jax.config import MllamaConfig, TextConfig, VisionConfig
 from mllama_jax.convert.export import write_hf
+from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import Params, init_parameters
 from mllama_jax.train.pictures import tokenizer
 from mllama_jax.train.pictures.example import Example, conversation
@@ -69,6 +71,8 @@ def start(key: jax.Array, config: MllamaConfig = CONFIG) -> Params:
 
 def lay_out(folder: Path, held: int = 64) -> None:
     """Write random weights (`start`), the recipes of the three stages, and held-out chats, `held` of each family."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: expected a new or empty directory; choose another")
     params = jax.device_get(jax.jit(start)(jax.random.key(0)))
     write_hf(folder / "start", params, CONFIG, np.dtype(jnp.bfloat16))
     tokenizer.write(folder / "start")
@@ -99,7 +103,10 @@ def _chat(folder: Path, example: Example, i: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    lay_out(parser.parse_args().folder)
+    try:
+        lay_out(parser.parse_args().folder)
+    except InputError as error:
+        sys.exit(f"recipe: {error}")
 
 
 if __name__ == "__main__":
