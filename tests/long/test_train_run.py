@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,8 @@ BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("key", [line(0)], {"stepps": 8}, "recipe.toml: stepps: not known; known are model, part, "),
     ("sign", [line(0)], {"samples": 0}, "recipe.toml: samples: expected more than 0, got 0"),
     ("int8", [line(0)], {"quantize": "int8", "part": "full"}, "int8 kernels cannot be trained; expected part 'lora'"),
+    ("decay", [line(0)], {"weight_decay": -1.0}, "recipe.toml: weight_decay: expected at least 0, got -1.0"),
+    ("bucket", [line(0)], {"data": "gs://none/chats.jsonl"}, "gs://none/chats.jsonl: "),
     ("lora", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
 ]
 
@@ -109,6 +112,28 @@ def test_bad_input_is_told_in_one_line(
     assert code == 2
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_run_needs_a_directory(run: Callable, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file\n")
+    code, told = run(capsys, tmp_path, [line(0)])
+    assert (code, (tmp_path / "out").read_text()) == (2, "a file\n")
+    assert told.endswith("out: cannot be made: File exists; name a new or empty directory\n")
+
+
+@pytest.mark.parametrize("part", ["lora", "adapter"])
+def test_preferences_are_learned(tiny_directory: Path, tmp_path: Path, part: str) -> None:
+    """The first loss is that of no preference, ln 2."""
+    pairs = []
+    for i in range(6):
+        (question, chosen), (_, rejected) = line(i)["messages"], line(i, "no such thing")["messages"]
+        pairs.append({**line(i), "prompt": [question], "chosen": [chosen], "rejected": [rejected]})
+        del pairs[-1]["messages"]
+    recipe = write(tmp_path / "data", pairs, tiny_directory, loss="preference", part=part, steps=6, beta=1.0)
+    assert main(["train", str(recipe), str(tmp_path / "out")]) == 0
+    losses = [each["loss"] for each in history(tmp_path / "out")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_directory_of_another_run_is_refused(
