@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
@@ -130,3 +131,12 @@ def test_depth_extrapolates() -> None:
     sizes = extrapolated(MODEL, "v6e:2x4")
     full = decode_step("v6e:2x4")
     assert sum(sizes.values()) == pytest.approx(full.arguments + full.temporaries + full.code, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["2xv6e:2x4", "2xv5p:2x2x1"])
+def test_only_data_crosses_slices(name: str) -> None:
+    mesh = programs_on(MODEL, topology(name), "serve").rules.mesh
+    assert mesh.axis_names == ("data", "kv", "q")
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert slices.shape[0] == 2
+    assert [set(own.ravel()) for own in slices] == [{0}, {1}]
