@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -131,7 +132,7 @@ def plan(
         floor=limits,
         binds=limits.binds,
         tokens_per_second=load.slots / limits.seconds,
-        nearest=None if fits else _nearest(config, topology, load, preset, quantize, cache),
+        nearest=None if fits else _nearest(config, topology, load, preset, group, quantize, cache),
     )
 
 
@@ -241,9 +242,7 @@ def _smallest_group(config: MllamaConfig, topology: Topology, quantize: str | No
     return groups[-1]
 
 
-def _nearest(
-    config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None, cache: str | None
-) -> str | None:
+def _nearest(config: MllamaConfig, topology: Topology, load: Workload, *how: Any) -> str | None:
     """The smallest slice that fits, of the same chips if any, by arithmetic."""
     others = [chip for chip in CHIPS.values() if chip.platform == topology.chip.platform and chip != topology.chip]
     for chips in ([topology.chip], others):
@@ -252,18 +251,19 @@ def _nearest(
             if candidate == topology:
                 continue
             try:
-                if plan_fits(config, candidate, load, preset, quantize, cache):
+                if _fits(config, candidate, load, *how):
                     return candidate.name
             except InputError:  # the preset cannot be spread over so many devices, or the slots not divided
                 continue
     return None
 
 
-def plan_fits(
-    config: MllamaConfig, topology: Topology, load: Workload, preset: str, quantize: str | None, cache: str | None
-) -> bool:
+def _fits(
+    config: MllamaConfig, topology: Topology, load: Workload, preset: str, group: int | None, quantize: str | None,
+    cache: str | None,
+) -> bool:  # fmt: skip
     """Whether arithmetic says that `load` fits."""
-    programs = programs_on(config, topology, preset, quantize=quantize, cache=cache, abstract=True)
+    programs = programs_on(config, topology, preset, group, quantize, cache, abstract=True)
     check_load(programs, load)
     most = max(temporaries(programs, load).values())
     return device_bytes(programs.params) + sum(_caches(programs, load)) + most <= topology.chip.hbm
