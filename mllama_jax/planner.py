@@ -98,7 +98,8 @@ def training_text(model: str, plan: TrainPlan) -> str:
     lines = [
         f"{model}, {plan.part}, on {plan.topology} ({plan.cloud}): {plan.chips} chips, {plan.devices} devices",
         f"preset {plan.preset}: {axes}; {plan.load.slots} rows of {plan.load.context} tokens, "
-        f"{plan.load.images} pictures each; by the TPU's compiler",
+        f"{plan.load.images} pictures each; by the TPU's compiler"
+        + (f", for {plan.stand_in} in their place" if plan.stand_in != plan.topology else ""),
         "",
         "a device holds, GiB",
         *(f"  {name:<28}{size / GIB:9.2f}" for name, size in rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.errors import InputError
 from mllama_jax.model.layers import REMAT
 from mllama_jax.model.mllama import MllamaModel, Params
-from mllama_jax.sharding.mesh import Topology
+from mllama_jax.sharding.mesh import CHIPS, Topology
 from mllama_jax.sharding.plan import check_load, programs_on
 from mllama_jax.sharding.programs import DoesNotFit, Workload, compile_program
 from mllama_jax.sharding.resolve import device_bytes, resolve
@@ -33,6 +33,7 @@ class TrainPlan:
     """A training step on a device of `topology`; bytes are of one device.
 
     Attributes:
+        stand_in: the slice that it was compiled for; for GPUs, whose compiler wants one at hand, as many v5p chips.
         load: `slots` rows a batch, of `context` tokens, each with `images` pictures of all tiles.
         frozen, trained: bytes of the parameters that are not trained, and of those that are, with their moments.
         temporaries: what the step needs beside, its code included; where it does not fit, what the compiler asks for.
@@ -47,6 +48,7 @@ class TrainPlan:
     devices: int
     preset: str
     mesh: dict[str, int]
+    stand_in: str
     part: Part
     load: Workload
     usable: int
@@ -66,14 +68,13 @@ def train_plan(
     """Plan to train with AdamW, bfloat16 beside float32 for what is trained, layers rematerialised.
 
     Raises:
-        InputError: there is no compiler for this chip, or the load cannot be on this slice.
+        InputError: there is no compiler, or the load cannot be on this slice.
     """
+    compiled_for = topology
     if topology.chip.platform != "tpu":
-        raise InputError(
-            f"--train asks the TPU's compiler, which knows no {topology.chip.name}; choose a slice of TPUs, or on "
-            "such a machine measure a step of LoRA: python -m mllama_jax.train.measure"
-        )
-    programs = programs_on(config, topology, preset, group)
+        v5p = CHIPS["v5p"]
+        compiled_for = Topology(v5p, next(shape for shape in v5p.shapes if math.prod(shape) == topology.devices))
+    programs = programs_on(config, compiled_for, preset, group)
     check_load(programs, load)
     rules = programs.rules
     recipe = Recipe(model="", data="", part=part, steps=1000, samples=load.slots, length=load.context)
@@ -96,6 +97,7 @@ def train_plan(
         devices=topology.devices,
         preset=preset,
         mesh=dict(rules.mesh.shape),
+        stand_in=compiled_for.name,
         part=part,
         load=load,
         usable=usable,

@@ -156,8 +156,3 @@ def test_a_loss_that_is_no_number_names_its_batch(
     assert code == 2
     assert "its batch is lines 1, 2, 3 of " in said
     assert said.count("\n") == 1
-
-
-def test_a_plan_of_training_needs_the_tpus_compiler(tiny_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(tiny_directory), "--topology", "h100:1", "--train", "lora"]) == 2
-    assert "--train asks the TPU's compiler, which knows no h100; choose a slice of TPUs, or" in capsys.readouterr().err

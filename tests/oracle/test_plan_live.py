@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,11 +23,20 @@ from mllama_jax.sharding.plan import plan, programs_on
 from mllama_jax.sharding.programs import Compiled, Programs, Workload, compile_program
 from mllama_jax.sharding.resolve import device_bytes
 from mllama_jax.sharding.roofline import temporaries
+from mllama_jax.train.plan import train_plan
+from tests.conftest import SMALL
 
 MODEL = PRESETS["90b-instruct"]
 SERVED = Workload(slots=8, context=8192, images=1)
 MINIMUM = "jax_persistent_cache_min_compile_time_secs"
 LONG = Workload(slots=1, context=131072, images=1)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Of a hundred layers what JAX keeps, traced and lowered, is a gigabyte for each program."""
+    yield
+    jax.clear_caches()
 
 
 def check_collectives(programs: Programs, compiled: Compiled, load: Workload) -> None:
@@ -140,3 +150,12 @@ def test_only_data_crosses_slices(name: str) -> None:
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert slices.shape[0] == 2
     assert [set(own.ravel()) for own in slices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(("name", "stand_in"), [("v6e:2x2", "v6e:2x2"), ("h100:4", "v5p:2x2x1")])
+def test_a_training_step_is_planned(name: str, stand_in: str) -> None:
+    """Of GPUs by as many v5p chips; what their cards hold decides."""
+    made = train_plan(SMALL, topology(name), Workload(slots=4, context=128, images=1), "lora", "fsdp")
+    assert (made.stand_in, made.mesh, made.fits) == (stand_in, {"fsdp": 4}, True)
+    assert made.needed == made.frozen + made.trained + made.temporaries < made.usable == int(topology(name).chip.hbm)
+    assert min(made.frozen, made.trained, made.temporaries) > 0
