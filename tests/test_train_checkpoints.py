@@ -13,7 +13,7 @@ from mllama_jax.train.checkpoints import Checkpoints
 from mllama_jax.train.recipe import Recipe
 from mllama_jax.train.step import TrainState
 
-RECIPE = Recipe(model="model", data="chats.jsonl", part="lora", steps=9, keep=2)
+RECIPE = Recipe(model="model", data="chats.jsonl", held_out="chats.jsonl", part="lora", steps=9, keep=2)
 
 
 def state(step: int) -> TrainState:
@@ -28,8 +28,12 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
         checkpoints.save(state(step), {"next": step}, loss)
     checkpoints.close()
     assert {each.name for each in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3", "5", "6"}
-    found = Checkpoints(tmp_path / "run", RECIPE).latest(state(0))
+    resumed = Checkpoints(tmp_path / "run", RECIPE)
+    found = resumed.latest(state(0))
     assert found is not None
     restored, reader = found
     assert (int(restored.step), reader) == (6, {"next": 6})
     np.testing.assert_array_equal(restored.params["kernel"], np.full(3, 6.0))
+    resumed.save(state(7), {"next": 7}, 0.95)
+    resumed.close()
+    assert {each.name for each in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3", "6", "7"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ class Checkpoints:
                 BestN(get_metric_fn=_loss, reverse=True, n=recipe.keep, keep_checkpoints_without_metrics=False),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        self.measured = recipe.held_out is not None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=_loss if self.measured else None,  # else losses are not written, and forgotten with the process
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
         self.manager = ocp.CheckpointManager(self.out / "checkpoints", options=options)
 
     def save(self, state: TrainState, reader: dict[str, Any], loss: float | None) -> None:
@@ -50,7 +57,8 @@ class Checkpoints:
         step = int(state.step)
         if step != self.manager.latest_step():
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), reader=ocp.args.JsonSave(reader))  # pyright: ignore[reportCallIssue]
-            self.manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
+            metrics = {"loss": math.inf if loss is None else loss} if self.measured else None
+            self.manager.save(step, args=args, metrics=metrics, force=True)
 
     def latest(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """What the last checkpoint holds, placed as `state` is; None where there is none."""

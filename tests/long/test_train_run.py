@@ -30,7 +30,8 @@ def test_a_run_that_is_ended_anywhere_ends_as_one_that_is_not(tiny_directory: Pa
     for what, moment, number, code, kept in (
         ("kill", "saving", 3, -9, []),
         ("term", "step", 4, 143, ["3", "5"]),  # noticed, one more step, saved
-        ("kill", "saving", 6, -9, ["3", "5"]),
+        ("term", "saving", 6, 143, ["3", "6", "7"]),
+        ("kill", "saving", 8, -9, ["3", "6", "7"]),
     ):
         command = [sys.executable, "-m", "tests.tuned", str(recipe), str(out), what, moment, str(number)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
