@@ -228,6 +228,8 @@ class Service:
                     f"{have} and {self.limits.pictures} pictures do not fit into memory beside the weights; lower "
                     "--slots, --context or --images"
                 ) from None
+        if self.guard is not None:  # a model that gives no verdict is no guard
+            await self.guard.judge([{"role": "user", "content": "Hello!"}])
         self.ready = True
 
     async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:

@@ -25,7 +25,7 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "t
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.fixture(scope="module")
