@@ -31,7 +31,7 @@ def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Pa
     assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in told["figures"])
     first = told["figures"][0]
     assert told["best"]["read"][0] >= 1e3 * first["read"] / first["median"] > 0
-    assert "prefill" in told["best"]["computed"][1] or "encode" in told["best"]["computed"][1]
+    assert told["best"]["computed"][0] >= 1e3 * first["operations"] / first["median"] > 0
     assert 0 < told["spread_errors"]["int8 2"] < 0.05
     assert (tmp_path / "b.png").stat().st_size > 5000
 
