@@ -9,7 +9,6 @@ from typing import Any
 from jax.experimental import topologies
 
 from mllama_jax.errors import InputError
-from mllama_jax.sharding.libtpu import forbid_large_tiles
 
 # libtpu asks the host what TPU it is part of; these answer, and the topology that is compiled for decides.
 _ENVIRONMENT = {
@@ -32,6 +31,5 @@ def tpu_topology(name: str, slices: int = 1) -> Sequence[Any]:
         raise InputError("compiling for a TPU needs libtpu: pip install 'mllama-jax[plan]'")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    forbid_large_tiles()
     options = {"num_slices": slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices

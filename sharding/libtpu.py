@@ -1,4 +1,4 @@
-"""What libtpu is told beside its defaults (as of 0.0.52), before it is loaded.
+"""What libtpu is told beside its defaults (as of 0.0.52).
 
 For TPU7x it would keep 16-bit numbers in tiles of 16 rows inside a loop and of 8 outside, and so copy every kernel in
 each dispatch of decode steps and hold it twice. Other generations have no such tiles.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Of one program; what runs on such chips is told by the flag, which libtpu reads once, when it is loaded.
+SMALL_TILES = {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}
 _FLAG = "--xla_tpu_impure_use_large_2nd_minor_layout_for_x16"
 _GOOGLE, _TPU7X = "0x1ae0", "0x0076"  # on the PCI bus
 

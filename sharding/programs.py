@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params
 from mllama_jax.sharding.hlo import Collective, Program
+from mllama_jax.sharding.libtpu import SMALL_TILES
 from mllama_jax.sharding.resolve import check_axis, resolve
 from mllama_jax.sharding.rules import Rules
 
@@ -168,14 +169,14 @@ def _uncached() -> Iterator[None]:
         reset_cache()
 
 
-def compile_program(lowered: jax.stages.Lowered) -> Compiled:
-    """Compile for the devices that a program was lowered for. Raises DoesNotFit."""
+def compile_program(lowered: jax.stages.Lowered, options: Mapping[str, Any] = SMALL_TILES) -> Compiled:
+    """Compile for the devices that a program was lowered for: a TPU's, as the options are. Raises DoesNotFit."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as dump:  # `as_text` fails on large programs and on TPU7x (libtpu 0.0.52)
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        told = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, **options}
         try:
             with _uncached():
-                compiled = lowered.compile(compiler_options=options)
+                compiled = lowered.compile(compiler_options=told)
         except jax.errors.JaxRuntimeError as error:
             if said := DoesNotFit.said(str(error)):
                 raise said from None

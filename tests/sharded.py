@@ -252,7 +252,7 @@ def clean(directory: str) -> None:
     config = read_config(open_checkpoint(Path(directory)))
     mesh, load = make_mesh({"data": 1, "kv": 4, "q": 2}, jax.devices()), Workload(4, 64, 1)
     programs = Programs(config, preset_rules("serve", config, mesh), "float32")
-    compiled = compile_program(programs.decode(load))
+    compiled = compile_program(programs.decode(load), options={})
     counts: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for collective, count in compiled.collectives.items():
         assert collective.group == 8
