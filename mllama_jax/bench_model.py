@@ -18,7 +18,7 @@ from mllama_jax.generate import decode
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
-from mllama_jax.model.quantize import GROUP, count
+from mllama_jax.model.quantize import GROUP, count, lay_out
 from mllama_jax.model.vision import TILES
 from mllama_jax.sharding.fit_table import shallow
 from mllama_jax.sharding.mesh import Chip, make_mesh
@@ -88,7 +88,8 @@ class Bench:
     def of(cls, config: MllamaConfig, dtype: str, devices: int = 1, cache: str | None = None) -> Bench:
         """Random weights, the decoder's kernels in `dtype`, by the preset `serve` where devices are several."""
         model, tree = abstract(config, dtype, devices, cache)
-        return cls(model, jax.tree_util.tree_map_with_path(_parameter, tree))
+        params = jax.tree_util.tree_map_with_path(_parameter, tree)
+        return cls(model, lay_out(params, model.constrain.platform))
 
     @property
     def devices(self) -> int:

@@ -26,7 +26,7 @@ from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import unconstrained
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
-from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized, quantize_parameters
+from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized, lay_out, quantize_parameters
 from mllama_jax.processes import agree
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
@@ -98,6 +98,7 @@ def load(
     else:
         put = _quantizer(QUANTIZERS[quantize], whole, _wanted(model, quantize, trained))
         params = quantize_parameters(load_parameters(stored, put), tuple)
+    params = lay_out(params, constrain.platform)
     return Mllama(model, params, tokenizer, template, checkpoint.directory)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
 from mllama_jax.model.mllama import Params, abstract_parameters
+from mllama_jax.model.quantize import in_order
 from mllama_jax.sharding.rules import Rules
 
 
@@ -27,7 +28,8 @@ def resolve(config: MllamaConfig, rules: Rules, dtype: np.dtype, quantize: str |
         try:
             for size, name in zip(shape, leaf.names, strict=True):
                 check_axis(size, name, rules)
-            return jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=rules.sharding(*leaf.names))
+            placed = jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=rules.sharding(*leaf.names))
+            return placed.update(sharding=in_order(placed, rules.platform))
         except InputError as error:
             where = "/".join(key.key for key in path)
             groups = "; int4 splits between groups of inputs" if quantize == "int4" and path[-1].key == "scale" else ""

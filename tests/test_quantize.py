@@ -19,6 +19,7 @@ from mllama_jax.config import PRESETS
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
+from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import abstract_parameters
 from mllama_jax.model.quantize import QUANTIZERS, count, product, to_int4, to_int8, widen
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
@@ -118,6 +119,22 @@ def test_a_quantised_model_answers_like_the_whole_one(quantize: str, stored: str
     assert {text["layers_0"]["mlp"]["down"]["kernel"].dtype, text["head"]["kernel"].dtype} == {jnp.dtype(stored)}
     assert {text["embedding"].dtype, small.params["projector"]["linear"]["kernel"].dtype} == {jnp.dtype("float32")}
     assert sum(a == b for a, b in zip(answers, answered(small), strict=True)) >= 0.9 * len(answers)
+
+
+def test_on_a_tpu_packed_kernels_lie_as_its_compiler_reads_them(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side lie outputs, not inputs, and the numbers are the same."""
+    tokens = [[512, 5, 6, 7]]
+    plain = mllama_jax.load(tiny_directory, dtype="float32", quantize="int4")
+    monkeypatch.setattr(Unconstrained, "platform", "tpu")
+    ours = mllama_jax.load(tiny_directory, dtype="float32", quantize="int4")
+    order = {leaf.format.layout.major_to_minor for leaf in jax.tree.leaves(ours.params) if leaf.dtype == jnp.uint8}
+    assert order == {(1, 0), (0, 2, 1), (0, 1, 3, 2)}
+    jax.tree.map(np.testing.assert_array_equal, ours.params, plain.params)
+    np.testing.assert_allclose(ours.logits(tokens, [[]]), plain.logits(tokens, [[]]), atol=1e-5)
+    first, second = (model.generate_tokens(tokens, [[]], max_new_tokens=8) for model in (ours, plain))
+    assert first == second
 
 
 def test_the_11b_in_int4_is_below_8_gb() -> None:

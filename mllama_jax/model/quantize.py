@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import struct
+from jax.experimental.layout import Format, Layout
 
 from mllama_jax.errors import InputError
 from mllama_jax.model.einsum import einsum
@@ -213,6 +214,28 @@ def quantization(dtypes: Iterable[Any]) -> str | None:
 def count(leaf: Any) -> int:
     """How many numbers a parameter holds: in int4 two to a byte."""
     return leaf.size * (2 if leaf.dtype == _STORED["int4"] else 1)
+
+
+def in_order(leaf: Any, platform: str) -> Any:
+    """Where a parameter lies and in which order: its sharding, or of a kernel in int4 on a TPU a `Format`.
+
+    There the last outputs lie side by side, as the compiler's unpacking reads them. It would otherwise lay out all
+    kernels anew in each dispatch of decode steps, and hold them twice.
+    """
+    if platform != "tpu" or leaf.dtype != _STORED["int4"]:
+        return leaf.sharding
+    *outer, out, inputs = range(leaf.ndim)
+    return Format(Layout((*outer, inputs, out)), leaf.sharding)
+
+
+def lay_out(params: Any, platform: str) -> Any:
+    """Parameters in the order of `in_order`; those that it changes are given up."""
+
+    def place(leaf: jax.Array) -> jax.Array:
+        order = in_order(leaf, platform)
+        return jax.device_put(leaf, order, donate=True) if isinstance(order, Format) else leaf
+
+    return jax.tree.map(place, params)
 
 
 def quantize_parameters(params: dict[str, Any], quantizer: Callable) -> dict[str, Any]:
