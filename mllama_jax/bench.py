@@ -41,6 +41,8 @@ class Figure:
         binds: which of "bandwidth" and "compute" sets the floor.
         read, operations: what a device has to do at least: bytes, and sums and products.
         compiled: seconds that its programs took to lower and compile; little where JAX_COMPILATION_CACHE_DIR has them.
+        held, beside: bytes of a device, of what its largest program takes, and of what that needs beside.
+        peak: bytes that the first device has held at most, from the start to this figure; None where it does not say.
         peer: the same of `--versus`.
     """
 
@@ -55,6 +57,9 @@ class Figure:
     read: int
     operations: float
     compiled: float
+    held: int
+    beside: int
+    peak: int | None
     peer: float | None = None
 
 
@@ -129,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
 HEADER = f"{'ms':<44}{'dtype':<9}{'devices':>7}" + "".join(
     f"{name:>{width}}"
-    for name, width in {"median": 9, "low": 9, "high": 9, "floor": 9, "x floor": 8, "peer": 9, "ratio": 7}.items()
+    for name, width in {"median": 9, "low": 9, "high": 9, "floor": 9, "x floor": 8, "GiB": 7, "peer": 9, "ratio": 7}.items()
 )
 
 
@@ -140,8 +145,9 @@ def line(figure: Figure) -> str:
     )
     if figure.floor is not None:
         text += f"{figure.floor:9.2f}{figure.median / figure.floor:8.2f}"
+    text += f"{(figure.held + figure.beside) / 2**30:{7 if figure.floor is not None else 24}.2f}"
     if figure.peer is not None:
-        text += f"{figure.peer:{9 if figure.floor is not None else 26}.2f}{figure.peer / figure.median:7.1f}"
+        text += f"{figure.peer:9.2f}{figure.peer / figure.median:7.1f}"
     return text
 
 
@@ -160,6 +166,8 @@ def checked(config: MllamaConfig, dtype: str, devices: int, cache: str | None) -
 
 def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Namespace) -> Iterator[Figure]:
     """Every figure of a model whose decoder has weights of this dtype, as it is measured; all are compiled before."""
+    import jax
+
     from mllama_jax.bench_model import Bench
     from mllama_jax.generate.decode import STEPS
 
@@ -173,6 +181,7 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
         jobs[f"prefill, a picture and {args.prompt} tokens"] = bench.first_token(args.prompt, encoders[1])
     jobs[f"prefill, {args.prompt} tokens of text"] = bench.first_token(args.prompt, None)
     compiled = {name: sum(program.seconds for program in job.programs) for name, job in jobs.items()}
+    memory = {name: max((program.memory for program in job.programs), key=sum) for name, job in jobs.items()}
     while jobs:  # a job keeps the arrays that it was run on
         name = next(iter(jobs))
         job = jobs.pop(name)
@@ -181,7 +190,8 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
         floor, limit = job.floor, (None, None) if known is None else job.floor.limit(known, dtype)
         spread = statistics.median(times), min(times), max(times)
         work = floor.read, floor.weight_flops + floor.flops
-        yield Figure(name, dtype, devices, *spread, *limit, *work, compiled[name])
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        yield Figure(name, dtype, devices, *spread, *limit, *work, compiled[name], *memory[name], peak)
 
 
 def best(figures: list[Figure]) -> dict[str, tuple[float, str]]:

@@ -66,6 +66,13 @@ class Program:
         """What lowering and compiling it took."""
         return self.compiled.result()[1]
 
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of a device: of its arguments, and of what it needs beside."""
+        memory: Any = self.compiled.result()[0].memory_analysis()
+        beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes, beside
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

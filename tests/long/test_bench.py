@@ -29,7 +29,9 @@ def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Pa
     assert [figure["name"].split(",")[0] for figure in told["figures"]] == 2 * kinds
     assert [figure["devices"] for figure in told["figures"]] == [1] * 6 + [2] * 6
     assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in told["figures"])
-    first = told["figures"][0]
+    first, again = told["figures"][0], told["figures"][6]
+    assert first["held"] > again["held"] > first["held"] / 2  # the text model's halves, and the picture encoder's whole
+    assert first["beside"] > 0
     assert told["best"]["read"][0] >= 1e3 * first["read"] / first["median"] > 0
     assert told["best"]["computed"][0] >= 1e3 * first["operations"] / first["median"] > 0
     assert 0 < told["spread_errors"]["int8 2"] < 0.05
