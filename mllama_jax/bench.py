@@ -132,10 +132,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"best rate of this run, {name}: {rate / 1e12:.3g} T{unit} a device ({figure} devices)")
 
 
-HEADER = f"{'ms':<44}{'dtype':<9}{'devices':>7}" + "".join(
-    f"{name:>{width}}"
-    for name, width in {"median": 9, "low": 9, "high": 9, "floor": 9, "x floor": 8, "GiB": 7, "peer": 9, "ratio": 7}.items()
-)
+_COLUMNS = {"median": 9, "low": 9, "high": 9, "floor": 9, "x floor": 8, "GiB": 7, "peer": 9, "ratio": 7}
+HEADER = f"{'ms':<44}{'dtype':<9}{'devices':>7}" + "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
 
 
 def line(figure: Figure) -> str:
