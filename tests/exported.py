@@ -42,7 +42,7 @@ def export(recipe: Path, out: Path) -> int:
         return found
 
     gathering.on_host = fetched
-    write_trained(out, trainer.recipe, trainer.loaded.config, jax.tree.map(draw, trainer.state.params))
+    write_trained(str(out), trainer.recipe, trainer.loaded.config, jax.tree.map(draw, trainer.state.params))
     gathering.on_host = fetch
     return most
 

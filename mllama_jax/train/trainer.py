@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 from mllama_jax.api import Mllama
 from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.store import is_bucket
 from mllama_jax.errors import InputError
 from mllama_jax.loading import load, preset_mesh
 from mllama_jax.model.layers import REMAT
@@ -175,8 +177,11 @@ def _notice() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train(recipe: Recipe, out: Path) -> dict[str, Any]:
+def train(recipe: Recipe, out: str | os.PathLike[str]) -> dict[str, Any]:
     """Train, or go on where a run of the same recipe in `out` was when it ended, and write what was trained.
+
+    Args:
+        out: a directory, or a place in a bucket (`gs://bucket/path`).
 
     Returns:
         what was done, see `History.summary`, and where the result is.
@@ -185,6 +190,9 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         InputError: the recipe, its data or `out` cannot be used; the loss is no number.
         Preempted: SIGTERM came; the state is saved.
     """
+    out = os.fspath(out)
+    if is_bucket(out) and importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{out}: a run in a bucket needs gcsfs: pip install 'mllama-jax[train,gcs]'")
     checkpoints = Checkpoints(out, recipe)
     trainer = Trainer.of(recipe)
     reader = trainer.batches.read()
@@ -201,7 +209,7 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         **history.summary(),
         "dropped": trainer.batches.chats.dropped,
         "cut": trainer.batches.chats.cut,
-        "result": str(result),
+        "result": result,
     }
 
 
@@ -218,6 +226,7 @@ def _run(
         loss = trainer.evaluate() if due and trainer.held_out is not None else None
         history.add(step, batches, report, loss)
         if due or leaving:
+            history.keep()
             checkpoints.save(trainer.state, reader.get_state(), loss)
         if leaving:
             checkpoints.close()

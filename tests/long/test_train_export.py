@@ -63,7 +63,7 @@ def test_the_tuned_model_is_written_in_both_layouts(source: Path, tmp_path: Path
     assert main(["convert", str(out / "model"), str(tmp_path / "meta"), "--to", "meta"]) == 0
 
     trainer = Trainer.of(read_recipe(recipe))
-    found = Checkpoints(out, read_recipe(recipe)).latest(trainer.state)
+    found = Checkpoints(str(out), read_recipe(recipe)).latest(trainer.state)
     assert found is not None
     state, frozen = found[0], trainer.frozen.params
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state) if leaf.ndim)

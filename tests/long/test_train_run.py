@@ -119,7 +119,7 @@ def test_a_run_needs_a_directory(run: Callable, capsys: pytest.CaptureFixture[st
     (tmp_path / "out").write_text("a file\n")
     code, told = run(capsys, tmp_path, [line(0)])
     assert (code, (tmp_path / "out").read_text()) == (2, "a file\n")
-    assert told.endswith("out: cannot be made: File exists; name a new or empty directory\n")
+    assert told.endswith("out: is a file; expected a new or empty directory or one of a run\n")
 
 
 @pytest.mark.parametrize("part", ["lora", "adapter"])
