@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from mllama_jax.api import Mllama
-from mllama_jax.convert.apply import read_config
+from mllama_jax.convert.apply import paths, read_config
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.convert.store import is_bucket
 from mllama_jax.errors import InputError
@@ -46,6 +46,8 @@ def start(recipe: Recipe, loaded: Mllama) -> tuple[Params, Frozen]:
     if recipe.part == "lora":
         params = _placed_lora(recipe, loaded)
     if recipe.pictures is not None:
+        if recipe.pictures.patches and all(path[0] == "text" for path in paths(params)):
+            raise InputError("pictures.patches: does nothing where nothing that sees is trained; set it to 0")
         rules, reading = loaded.model.constrain, init_reading(loaded.config)
         params[READING] = jax.device_put(reading, rules.sharding()) if isinstance(rules, Rules) else reading
     if recipe.loss != "preference":

@@ -105,7 +105,7 @@ def test_lora_is_learned_over_int8(source: Path, tmp_path: Path, capsys: pytest.
 def test_processes_export_as_one_does(source: Path, tmp_path: Path, part: Part) -> None:
     """To the byte; where whole tensors are written, the first holds three at once (one is made, one waits, one goes to
     the disk), the other one."""
-    recipe = write(tmp_path / "data", [line(0)], source, part=part, preset="fsdp", samples=2, lora={"rank": 2})
+    recipe = write(tmp_path / "data", [line(0)], source, part=part, preset="fsdp", samples=2)
     export(recipe, tmp_path / "one")
     coordinator = f"127.0.0.1:{free_port()}"
     environment = {

@@ -101,7 +101,9 @@ BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("int8", [line(0)], {"quantize": "int8", "part": "full"}, "int8 kernels cannot be trained; expected part 'lora'"),
     ("decay", [line(0)], {"weight_decay": -1.0}, "recipe.toml: weight_decay: expected at least 0, got -1.0"),
     ("bucket", [line(0)], {"data": "gs://none/chats.jsonl"}, "gs://none/chats.jsonl: "),
-    ("lora", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
+    ("rank", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
+    ("alpha", [line(0)], {"lora": {"alpha": 0.0}}, "recipe.toml: lora.alpha: expected more than 0, got 0.0"),
+    ("lora of", [line(0)], {"part": "adapter", "lora": {"rank": 4}}, "toml: lora: does nothing beside part 'adapter'"),
 ]
 
 
