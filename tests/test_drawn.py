@@ -89,6 +89,7 @@ def test_questions_that_do_not_fit_are_left_out(small: Mllama) -> None:
         ({"data": "chats.jsonl", "beta": 0.1}, "beta: does nothing beside loss 'supervised'; leave it out, or choose "),
         ({"data": "chats.jsonl", "beta": 0.0, "loss": "preference"}, "beta: expected more than 0, got 0.0"),
         ({"data": "chats.jsonl", "workers": -1}, "workers: expected at least 0, got -1"),
+        ({"data": "chats.jsonl", "seed": -1}, "seed: expected at least 0, got -1"),
         ({"data": "chats.jsonl", "b2": 1.0}, "b2: expected a part between 0 and 1, got 1.0"),
     ],
 )

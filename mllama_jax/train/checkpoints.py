@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from mllama_jax.convert.files import parse_json
 from mllama_jax.convert.store import Store, absolute
 from mllama_jax.errors import InputError
 from mllama_jax.processes import agree
@@ -87,7 +88,7 @@ def _same_recipe(store: Store, recipe: Recipe) -> None:
         return
     mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if (found := store.read(RECIPE)) is not None:
-        theirs = json.loads(found)
+        theirs = parse_json(found, f"{store.location}/{RECIPE}")
         for name, value in mine.items():
             if theirs.get(name) != value:
                 raise InputError(

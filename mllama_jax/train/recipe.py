@@ -127,7 +127,7 @@ class Recipe:
             )
         if self.pictures is not None and self.loss != "supervised":
             raise InputError(f"pictures: dialogues with one answer; expected loss 'supervised', got {self.loss!r}")
-        for name in ("workers", "weight_decay"):
+        for name in ("workers", "weight_decay", "seed"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"{name}: expected at least 0, got {value}")
         if not 0 < self.b2 < 1:

@@ -146,6 +146,9 @@ def test_a_directory_of_another_run_is_refused(
     code, said = run(capsys, tmp_path / "data", [line(0)], steps=1, lora={"rank": 3})
     assert code == 2
     assert "holds a run of another recipe, lora: expected {'rank': 3," in said
+    (tmp_path / "data/out/recipe.json").write_text("{")
+    code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
+    assert (code, "recipe.json: invalid JSON" in said, said.count("\n")) == (2, True, 1)
     (tmp_path / "data/out/recipe.json").unlink()
     code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
     assert (code, "expected a new or empty directory or one of a run" in said) == (2, True)
