@@ -199,8 +199,10 @@ def train(recipe: Recipe, out: str | os.PathLike[str]) -> dict[str, Any]:
     trainer = Trainer.of(recipe)
     reader = trainer.batches.read()
     if found := checkpoints.latest(trainer.state):
-        trainer.state = found[0]
-        reader.set_state(found[1])
+        trainer.state, read = found
+        if read["digest"] != trainer.batches.chats.digest:
+            raise InputError(f"{recipe.data}: has changed since the run in {out} began; choose another directory")
+        reader.set_state(read["state"])
     history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
     with closing(reader), _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
@@ -229,7 +231,8 @@ def _run(
         history.add(step, batches, report, loss)
         if due or leaving:
             history.keep()
-            checkpoints.save(trainer.state, reader.get_state(), loss)
+            read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest}
+            checkpoints.save(trainer.state, read, loss)
         if leaving:
             checkpoints.close()
             raise Preempted(f"{checkpoints.out}: told to end; step {step} is saved, the same command goes on from it")

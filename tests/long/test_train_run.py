@@ -146,6 +146,11 @@ def test_a_directory_of_another_run_is_refused(
     code, said = run(capsys, tmp_path / "data", [line(0)], steps=1, lora={"rank": 3})
     assert code == 2
     assert "holds a run of another recipe, lora: expected {'rank': 3," in said
+    code, said = run(capsys, tmp_path / "data", [line(1)], steps=1)
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.endswith(
+        f"chats.jsonl: has changed since the run in {tmp_path / 'data/out'} began; choose another directory\n"
+    )
     (tmp_path / "data/out/recipe.json").write_text("{")
     code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
     assert (code, "recipe.json: invalid JSON" in said, said.count("\n")) == (2, True, 1)
