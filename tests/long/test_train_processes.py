@@ -68,7 +68,7 @@ class Pair:
 
     def ended(self) -> list[tuple[int, str, str]]:
         """The exit code of each, and what it printed."""
-        texts = [process.communicate(timeout=120) for process in self.processes]
+        texts = [process.communicate(timeout=300) for process in self.processes]
         return [(process.returncode, *text) for process, text in zip(self.processes, texts, strict=True)]
 
 
