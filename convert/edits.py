@@ -21,6 +21,7 @@ from mllama_jax.convert.files import read_json
 from mllama_jax.convert.lora import CONFIG, PREFIX, WEIGHTS
 from mllama_jax.convert.model import Model
 from mllama_jax.convert.safetensors import SafetensorsFile
+from mllama_jax.convert.store import BucketPath, absolute
 from mllama_jax.convert.table import Row, table
 from mllama_jax.errors import InputError
 from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized
@@ -167,7 +168,7 @@ class Delta:
 
 def merge_lora(model: Model, directory: str | os.PathLike[str]) -> Model:
     """A model with a LoRA adapter, in PEFT's safetensors layout, added to its weights; the sum is rounded once."""
-    deltas = _read_lora(Path(directory))
+    deltas = _read_lora(absolute(directory))
     found, merged = dict(model.parameters), set()
     for row in table(model.config):
         mine = {i: deltas[name] for i, name in enumerate(row.hf.names) if name in deltas}
@@ -199,7 +200,7 @@ def _with_deltas(row: Row, parameter: Parameter, deltas: Mapping[int, Delta]) ->
     return dataclasses.replace(parameter, read=read)
 
 
-def _read_lora(directory: Path) -> dict[str, Delta]:
+def _read_lora(directory: Path | BucketPath) -> dict[str, Delta]:
     """Each adapted tensor's change by its name in the table."""
     path = directory / CONFIG
     settings = read_json(path)
@@ -224,7 +225,7 @@ def _read_lora(directory: Path) -> dict[str, Delta]:
     return deltas
 
 
-def _scale(path: Path, settings: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(path: Path | BucketPath, settings: Mapping[str, Any], module: str, rank: int) -> float:
     """PEFT's scaling; the patterns name modules by the end of their names."""
     alpha = settings.get("lora_alpha")
     for pattern, value in (settings.get("alpha_pattern") or {}).items():

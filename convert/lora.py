@@ -13,23 +13,24 @@ from pathlib import Path
 import numpy as np
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.convert.apply import paths, renamed
+from mllama_jax.convert.apply import Parameters, renamed
 from mllama_jax.convert.axes import backward
 from mllama_jax.convert.safetensors import write_safetensors
 from mllama_jax.convert.table import table
-from mllama_jax.model.mllama import Params
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
-def write_lora(directory: Path, params: Params, config: MllamaConfig, rank: int, alpha: float, base: str) -> None:
+def write_lora(
+    directory: Path, parameters: Parameters, config: MllamaConfig, rank: int, alpha: float, base: str
+) -> None:
     """Write pairs `lora_a`, `lora_b` (see `train.parts.lora_shapes`) of the checkpoint `base` as an adapter."""
-    flat, made, modules = paths(params), {}, []
+    made, modules = {}, []
     for row in table(config):
         path = row.target[:-1]
-        if row.target[-1] != "kernel" or (*path, "lora_a") not in flat:
+        if row.target[-1] != "kernel" or (*path, "lora_a") not in parameters:
             continue
-        a, b = (np.asarray(flat[(*path, name)]) for name in ("lora_a", "lora_b"))
+        a, b = (parameters[(*path, name)].whole() for name in ("lora_a", "lora_b"))
         for i, (name, pattern) in enumerate(zip(row.hf.names, row.hf.patterns, strict=True)):
             module = renamed(name).removesuffix(".weight")
             own_a, own_b = (a, b) if row.hf.stack is None else (a[i], b[i])

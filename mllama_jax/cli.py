@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds")
-    inspect.add_argument("model", type=Path)
+    inspect.add_argument("model", help="checkpoint directory, gs:// too")
     inspect.set_defaults(run=_inspect)
 
     check = commands.add_parser("check", help="compare this machine with what Meta's code computes")
@@ -292,7 +292,7 @@ def _short(n: int) -> str:
     return f"{n / unit[1]:.3f} {unit[0]}"
 
 
-def inspect_checkpoint(directory: Path) -> dict[str, Any]:
+def inspect_checkpoint(directory: str) -> dict[str, Any]:
     """What the headers of a checkpoint say: layout, configuration, counts of tensors, parameters, bytes and dtypes."""
     import math
     from collections import Counter
@@ -307,7 +307,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     for path, shape in shapes.items():
         parts[path[0]] += math.prod(shape)
     return {
-        "directory": str(directory),
+        "directory": directory,
         "layout": {"hf": "Hugging Face", "meta": "Meta", "orbax": "Orbax"}[checkpoint.layout],
         "tensors": len(checkpoint.shapes),
         "parameters": sum(parts.values()),

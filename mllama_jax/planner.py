@@ -115,12 +115,13 @@ def config_of(model: str) -> MllamaConfig:
     from mllama_jax.config import PRESETS
     from mllama_jax.convert.apply import read_config
     from mllama_jax.convert.sources import open_checkpoint
+    from mllama_jax.convert.store import is_bucket
 
     if model in PRESETS:
         return PRESETS[model]
-    if not Path(model).exists():
+    if not is_bucket(model) and not Path(model).exists():
         raise InputError(f"{model}: neither a directory nor one of {', '.join(PRESETS)}")
-    return read_config(open_checkpoint(Path(model)))
+    return read_config(open_checkpoint(model))
 
 
 def text(model: str, plan: Plan) -> str:

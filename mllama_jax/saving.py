@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 import jax
 import numpy as np
 
 from mllama_jax.api import Mllama
-from mllama_jax.convert.apply import Parameter, paths
-from mllama_jax.convert.axes import Index
+from mllama_jax.convert.apply import paths
 from mllama_jax.convert.edits import cast
 from mllama_jax.convert.model import read_model
 from mllama_jax.convert.progress import check_new
@@ -20,7 +18,7 @@ from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.convert.store import Store
 from mllama_jax.convert.table import table
 from mllama_jax.errors import InputError
-from mllama_jax.generate.decode import on_host
+from mllama_jax.gathering import gathered
 from mllama_jax.model.quantize import quantization
 from mllama_jax.processes import agree
 
@@ -39,7 +37,6 @@ def save(model: Mllama, path: str | os.PathLike[str]) -> None:
     """
     leaves = paths(model.params)
     quantized = quantization(leaf.dtype for leaf in leaves.values())
-    parameters = {row.target: _parameter(leaves[row.target]) for row in table(model.config, quantized)}
     source, problem = None, ""
     if jax.process_index() == 0:
         try:
@@ -50,18 +47,7 @@ def save(model: Mllama, path: str | os.PathLike[str]) -> None:
                 raise
             problem = str(error)
     agree({"save to": os.fspath(path), "saving": problem})
-    if source is not None:
-        write(dataclasses.replace(source, parameters=parameters), path, "orbax", "saving")
-    else:
-        for parameter in parameters.values():
-            parameter.whole()
-    agree({})  # nobody goes on before it is there
-
-
-def _parameter(leaf: Any) -> Parameter:
-    """An array on devices, fetched when it is read, in which all processes take part."""
-
-    def read(index: Index) -> np.ndarray:
-        return on_host(leaf)[index]
-
-    return Parameter(leaf.shape, np.dtype(leaf.dtype), read)
+    with gathered(leaves, {target: np.dtype(leaf.dtype) for target, leaf in leaves.items()}) as parameters:
+        if source is not None and parameters is not None:
+            held = {row.target: parameters[row.target] for row in table(model.config, quantized)}
+            write(dataclasses.replace(source, parameters=held), path, "orbax", "saving")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -12,11 +13,13 @@ import pytest
 
 import mllama_jax
 from mllama_jax import Mllama
+from mllama_jax.cli import main
 from mllama_jax.convert import orbax
 from mllama_jax.convert.apply import parameters, read_config
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.convert.verify import verify
+from mllama_jax.planner import config_of
 from tests.archives import fault
 from tests.bucket import Bucket
 from tests.test_convert import assert_same, assert_same_tensors
@@ -48,6 +51,17 @@ def test_a_bucket_serves_like_a_directory(bucket: Bucket, small: Mllama, small_d
     assert model.generate(conversations, **settings) == small.generate(conversations, **settings)
     convert(PLACE, tmp_path / "hf", to="hf")
     assert_same_tensors(small_directory, tmp_path / "hf")
+
+
+def test_commands_find_a_checkpoint_in_a_bucket(
+    bucket: Bucket, small_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [main(["inspect", str(place), "--json"]) for place in (PLACE, small_directory)] == [0, 0]
+    there, here = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (there["directory"], there["layout"]) == (PLACE, "Orbax")
+    for name in ("config", "parameters", "parts"):
+        assert there[name] == here[name]
+    assert config_of(PLACE) == config_of(str(small_directory))
 
 
 def test_hugging_faces_files_are_read_from_a_bucket(bucket: Bucket, small_directory: Path, tmp_path: Path) -> None:

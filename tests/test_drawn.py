@@ -81,7 +81,15 @@ def test_questions_that_do_not_fit_are_left_out(small: Mllama) -> None:
         ({"pictures": {"scenes": -1}}, "pictures.scenes: expected at least 0, got -1"),
         ({"pictures": {"maps": 1}}, "pictures.maps: not known; known are scenes, charts, text, pairs, patches"),
         ({"pictures": {"text": 1}, "loss": "preference"}, "pictures: dialogues with one answer; expected loss 'superv"),
+        ({"pictures": {"text": 1}, "too_long": "cut"}, "too_long: does nothing where all chats are drawn"),
+        (
+            {"data": "chats.jsonl", "lora": {"rank": 16}},
+            "lora: does nothing beside part 'full'; leave it out, or choose ",
+        ),
+        ({"data": "chats.jsonl", "beta": 0.1}, "beta: does nothing beside loss 'supervised'; leave it out, or choose "),
+        ({"data": "chats.jsonl", "beta": 0.0, "loss": "preference"}, "beta: expected more than 0, got 0.0"),
         ({"data": "chats.jsonl", "workers": -1}, "workers: expected at least 0, got -1"),
+        ({"data": "chats.jsonl", "seed": -1}, "seed: expected at least 0, got -1"),
         ({"data": "chats.jsonl", "b2": 1.0}, "b2: expected a part between 0 and 1, got 1.0"),
     ],
 )

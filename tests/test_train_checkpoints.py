@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
+from mllama_jax.errors import InputError
 from mllama_jax.train.checkpoints import Checkpoints
 from mllama_jax.train.recipe import Recipe
 from mllama_jax.train.step import TrainState
+from mllama_jax.train.trainer import train
 
 RECIPE = Recipe(model="model", data="chats.jsonl", held_out="chats.jsonl", part="lora", steps=9, keep=2)
 
@@ -23,12 +27,12 @@ def state(step: int) -> TrainState:
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     """Also where the last came between two evaluations, as when a run is told to end."""
-    checkpoints = Checkpoints(tmp_path / "run", RECIPE)
+    checkpoints = Checkpoints(str(tmp_path / "run"), RECIPE)
     for step, loss in enumerate([0.5, 0.9, 0.2, 0.8, 0.7, None], start=1):
         checkpoints.save(state(step), {"next": step}, loss)
     checkpoints.close()
     assert {each.name for each in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3", "5", "6"}
-    resumed = Checkpoints(tmp_path / "run", RECIPE)
+    resumed = Checkpoints(str(tmp_path / "run"), RECIPE)
     found = resumed.latest(state(0))
     assert found is not None
     restored, reader = found
@@ -37,3 +41,9 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     resumed.save(state(7), {"next": 7}, 0.95)
     resumed.close()
     assert {each.name for each in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3", "6", "7"}
+
+
+def test_a_run_in_a_bucket_needs_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"gs://bucket/run: a run in a bucket needs gcsfs: pip install 'mllama-jax\["):
+        train(RECIPE, "gs://bucket/run")

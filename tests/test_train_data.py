@@ -44,6 +44,16 @@ def test_labels_are_the_assistants_words_and_their_ends(small: Mllama, tmp_path:
     assert [image.size for image in images] == [(60, 40), (60, 70)]
 
 
+def test_a_picture_in_an_answer_is_no_label(small: Mllama, tmp_path: Path) -> None:
+    drawn = [{"type": "text", "text": "Here:"}, {"type": "image"}, {"type": "text", "text": "a cat."}]
+    asked: list[Line] = [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": drawn}]
+    ((row, _),) = read(small, tmp_path, [{"messages": asked, "images": ["0.png"]}])[0]
+    assert small.tokenizer is not None
+    assert small.config.image_token in row.tokens
+    learned = [label for label in row.labels if label != IGNORED]
+    assert small.tokenizer.decode(learned, skip_specials=False) == "Here:a cat.<|eot_id|>"
+
+
 def test_pictures_are_paths_or_bytes(small: Mllama, tmp_path: Path) -> None:
     write(tmp_path, [], tmp_path)
     data = base64.b64encode((tmp_path / "2.png").read_bytes()).decode()

@@ -30,12 +30,12 @@ def write(directory: Path, lines: list[Any], model: Path, name: str = "chats.jso
         pixels = np.random.default_rng(i).integers(0, 256, (40 + 30 * i, 60, 3), np.uint8)
         Image.fromarray(pixels).save(directory / f"{i}.png")
     (directory / name).write_text("".join(each if isinstance(each, str) else json.dumps(each) + "\n" for each in lines))
-    lora = settings.pop("lora", {"rank": 2, "alpha": 4.0})
+    lora = settings.pop("lora", {"rank": 2, "alpha": 4.0} if settings.get("part", "lora") == "lora" else {})
     settings = {
         "model": str(model), "data": name, "part": "lora", "steps": 8, "samples": 3, "length": 128, "save_every": 3,
         "learning_rate": 3e-3, "dtype": "float32",
     } | settings  # fmt: skip
     table = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    table += ["[lora]", *(f"{key} = {json.dumps(value)}" for key, value in lora.items())]
+    table += ["[lora]", *(f"{key} = {json.dumps(value)}" for key, value in lora.items())] if lora else []
     (directory / "recipe.toml").write_text("\n".join(table) + "\n")
     return directory / "recipe.toml"

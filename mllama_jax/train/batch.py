@@ -96,12 +96,13 @@ def normalise(pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
 
 
 def answer_labels(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """For each token of a conversation the next one where the assistant makes it (its answers and their ends)."""
+    """For each token of a conversation the next one where the assistant makes it: its answers and their ends, but no
+    picture in them, whose token the head cannot make."""
     header = tokenizer.encode("<|start_header_id|>assistant<|end_header_id|>\n\n", specials=True)
     ends = {tokenizer.special(name) for name in ("<|eot_id|>", "<|eom_id|>")}
     labels, answering = [IGNORED] * len(tokens), False
     for i, token in enumerate(tokens):
         answering = (answering and token not in ends) or list(tokens[i + 1 - len(header) : i + 1]) == header
-        if answering and i + 1 < len(tokens):
+        if answering and i + 1 < len(tokens) and tokens[i + 1] != tokenizer.image_token:
             labels[i] = tokens[i + 1]
     return labels

@@ -12,6 +12,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from mllama_jax.convert.files import parse_json
+from mllama_jax.convert.store import Store, absolute
 from mllama_jax.errors import InputError
 from mllama_jax.processes import agree
 from mllama_jax.train.recipe import Recipe
@@ -26,11 +28,11 @@ class Checkpoints:
     A directory that holds those of another recipe is refused, and one that only some of several processes see.
     """
 
-    def __init__(self, out: Path, recipe: Recipe):
-        self.out = out.absolute()
-        _same_recipe(self.out / RECIPE, recipe)
+    def __init__(self, out: str, recipe: Recipe):
+        self.out, store = out, Store(out)
+        _same_recipe(store, recipe)
         agree({})  # all wait until the first has written it
-        if not (self.out / RECIPE).exists():
+        if store.read(RECIPE) is None:
             raise InputError(f"{out}: not what process 0 writes to; processes need a directory that they all share")
         policy = AnyPreservationPolicy(
             [
@@ -45,13 +47,13 @@ class Checkpoints:
             best_mode="min",
             cleanup_tmp_directories=True,
         )
-        self.manager = ocp.CheckpointManager(self.out / "checkpoints", options=options)
+        self.manager = ocp.CheckpointManager(f"{absolute(out)}/checkpoints", options=options)
 
     def save(self, state: TrainState, reader: dict[str, Any], loss: float | None) -> None:
         """Begin to write where training stands, behind the last checkpoint if that is still on its way.
 
         Args:
-            reader: the state of what reads the data.
+            reader: the state of what reads the data, and of which data.
             loss: of what is held out, where it was just measured.
         """
         step = int(state.step)
@@ -80,25 +82,22 @@ def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
 
-def _same_recipe(path: Path, recipe: Recipe) -> None:
+def _same_recipe(store: Store, recipe: Recipe) -> None:
     """Note the recipe in a new directory; refuse one of another."""
     if jax.process_index() > 0:
         return
-    mine, unfinished = json.loads(json.dumps(dataclasses.asdict(recipe))), path.with_suffix(".unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be made: {error.strerror}; name a new or empty directory") from None
-    if path.exists():
-        theirs = json.loads(path.read_bytes())
+    mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if (found := store.read(RECIPE)) is not None:
+        theirs = parse_json(found, f"{store.location}/{RECIPE}")
         for name, value in mine.items():
             if theirs.get(name) != value:
                 raise InputError(
-                    f"{path.parent}: holds a run of another recipe, {name}: expected {value!r}, got "
+                    f"{store.location}: holds a run of another recipe, {name}: expected {value!r}, got "
                     f"{theirs.get(name)!r}; choose another directory or delete this one"
                 )
-    elif set(path.parent.iterdir()) - {unfinished}:
-        raise InputError(f"{path.parent}: expected a new or empty directory or one of a run; choose another")
+    elif not store.remote and Path(store.location).is_file():
+        raise InputError(f"{store.location}: is a file; expected a new or empty directory or one of a run")
+    elif store.names():
+        raise InputError(f"{store.location}: expected a new or empty directory or one of a run; choose another")
     else:
-        unfinished.write_text(json.dumps(mine, indent=1) + "\n")
-        unfinished.replace(path)
+        store.write(RECIPE, (json.dumps(mine, indent=1) + "\n").encode())

@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("train", help="tune a model on chats with pictures; a stopped run goes on")
     parser.add_argument("recipe", type=Path, help="what is trained on what, and how: a TOML file")
     parser.add_argument(
-        "out", type=Path, help="directory of the run: new, empty, or of a stopped run of the same recipe"
+        "out", help="directory of the run, gs:// too: new, empty, or of a stopped run of the same recipe"
     )
     parser.add_argument(
         "--join", metavar="auto|HOST:PORT,PROCESS,PROCESSES", help="be one of the processes of a slice or cluster"
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int | None:
     use_compilation_cache()
     recipe = read_recipe(args.recipe)
     if args.join is not None:
-        join_by_name(args.join, {"recipe": str(recipe), "out": str(args.out)})
+        join_by_name(args.join, {"recipe": str(recipe), "out": args.out})
     try:
         report = train(recipe, args.out)
     except Preempted as notice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mllama_jax.config import MllamaConfig
+from mllama_jax.convert.store import Store
 from mllama_jax.sharding.mesh import topology_of
 from mllama_jax.train.batch import Batch
 from mllama_jax.train.flops import step_flops
@@ -26,38 +28,45 @@ FILE, PLOT = "history.jsonl", "history.png"
 class History:
     """Notes each step under `out`; of a run that goes on, those behind its last checkpoint are forgotten.
 
-    Only the first process writes.
+    Only the first process writes: on a disk each step as it is done, in a bucket, where nothing can be appended to a
+    file, when it is told to `keep` what was noted.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, begun: int, config: MllamaConfig):
+    def __init__(self, out: str, recipe: Recipe, begun: int, config: MllamaConfig):
         self.out, self.recipe, self.begun, self.config = out, recipe, begun, config
+        self.store = Store(out)
         self.first = jax.process_index() == 0
         place = topology_of(jax.devices())
         self.peak = place.chip.flops * place.devices if place else None
-        self.steps: list[dict[str, float]] = []
-        if (out / FILE).exists():
-            lines = [json.loads(line) for line in (out / FILE).read_text().splitlines() if line.endswith("}")]
-            self.steps = [line for line in lines if line["step"] <= begun]
+        lines = [json.loads(line) for line in (self.store.read(FILE) or b"").splitlines() if line.endswith(b"}")]
+        self.steps: list[dict[str, float]] = [line for line in lines if line["step"] <= begun]
 
     def __enter__(self) -> History:
         self.last = time.monotonic()
         hidden = None if self.first else True
-        self.bar = tqdm(total=self.recipe.steps, initial=self.begun, unit="step", desc=str(self.out), disable=hidden)
+        self.bar = tqdm(total=self.recipe.steps, initial=self.begun, unit="step", desc=self.out, disable=hidden)
         if self.first:
-            unfinished = (self.out / FILE).with_suffix(".unfinished")
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.steps))
-            unfinished.replace(self.out / FILE)
-            self.file = open(self.out / FILE, "a", buffering=1)
-            self.events = SummaryWriter(str(self.out / "events"), purge_step=self.begun + 1 if self.begun else None)
+            self._write()
+            self.file = None if self.store.remote else open(Path(self.out, FILE), "a", buffering=1)
+            self.events = SummaryWriter(f"{self.out}/events", purge_step=self.begun + 1 if self.begun else None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.bar.close()
         if self.first:
-            self.file.close()
+            if self.file is not None:
+                self.file.close()
             self.events.close()
             if kind is None:
-                self.draw(self.out / PLOT)
+                self.store.write(PLOT, self.draw())
+
+    def _write(self) -> None:
+        self.store.write(FILE, "".join(json.dumps(line) + "\n" for line in self.steps).encode())
+
+    def keep(self) -> None:
+        """Have all that was noted where a run that goes on finds it."""
+        if self.first and self.file is None:
+            self._write()
 
     def add(self, step: int, batches: Batch, report: Report, held_out: float | None) -> None:
         """Note a step; its time is that since the last one."""
@@ -86,7 +95,8 @@ class History:
         self.bar.set_postfix(told)
         self.bar.update()
         if self.first:
-            self.file.write(json.dumps(line) + "\n")
+            if self.file is not None:
+                self.file.write(json.dumps(line) + "\n")
             for name, value in line.items():
                 if name != "step":
                     self.events.add_scalar(name, value, step)
@@ -102,8 +112,8 @@ class History:
                 found[name] = float(np.median(values))
         return found | {k: self.steps[-1][k] for k in ("peak_memory",) if k in self.steps[-1]}
 
-    def draw(self, path: Path) -> None:
-        """The curves: loss, what is held out, and tokens a second."""
+    def draw(self) -> bytes:
+        """The curves as a PNG: loss, what is held out, and tokens a second."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")
@@ -112,8 +122,9 @@ class History:
         loss.plot(steps, [line["loss"] for line in self.steps], label="training", linewidth=1)
         if held_out := [(line["step"], line["held_out_loss"]) for line in self.steps if "held_out_loss" in line]:
             loss.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=3)
-        loss.set(ylabel="loss", title=str(self.out))
+        loss.set(ylabel="loss", title=self.out)
         loss.legend()
         speed.plot(steps, [line["tokens_per_second"] for line in self.steps], color="tab:gray", linewidth=1)
         speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
-        figure.savefig(path, dpi=120)
+        figure.savefig(drawn := io.BytesIO(), dpi=120)
+        return drawn.getvalue()

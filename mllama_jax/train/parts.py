@@ -37,6 +37,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"lora.rank: expected at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise InputError(f"lora.alpha: expected more than 0, got {self.alpha}")
         try:
             re.compile(self.targets)
         except re.error as error:

@@ -6,6 +6,7 @@ import dataclasses
 import tomllib
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ ONE_OF = {
     "remat": tuple(REMAT),
     "preset": (None, *PRESETS),
 }
-POSITIVE = ("steps", "samples", "accumulate", "length", "save_every", "keep", "learning_rate", "clip")
+POSITIVE = ("steps", "samples", "accumulate", "length", "save_every", "keep", "learning_rate", "clip", "beta")
+ONLY_BESIDE = {"lora": ("part", "lora"), "beta": ("loss", "preference")}  # else without effect
 FAMILIES = ("scenes", "charts", "text", "pairs")
 
 
@@ -125,7 +127,7 @@ class Recipe:
             )
         if self.pictures is not None and self.loss != "supervised":
             raise InputError(f"pictures: dialogues with one answer; expected loss 'supervised', got {self.loss!r}")
-        for name in ("workers", "weight_decay", "beta"):
+        for name in ("workers", "weight_decay", "seed"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"{name}: expected at least 0, got {value}")
         if not 0 < self.b2 < 1:
@@ -163,6 +165,7 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"{path}: expected TOML, got an error at '{error}'") from None
     try:
         recipe = _fill(Recipe, content, "")
+        _check_effects(recipe, content.keys())
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     places = {
@@ -171,6 +174,15 @@ def read_recipe(path: Path) -> Recipe:
         if (value := getattr(recipe, name))
     }
     return dataclasses.replace(recipe, **places)
+
+
+def _check_effects(recipe: Recipe, given: Collection[str]) -> None:
+    """Refuse a setting that is given and does nothing."""
+    for name, (other, value) in ONLY_BESIDE.items():
+        if name in given and (got := getattr(recipe, other)) != value:
+            raise InputError(f"{name}: does nothing beside {other} {got!r}; leave it out, or choose {other} {value!r}")
+    if "too_long" in given and recipe.data is recipe.held_out is None:
+        raise InputError("too_long: does nothing where all chats are drawn, which are never too long; leave it out")
 
 
 def _fill(kind: type, content: Any, prefix: str) -> Any:

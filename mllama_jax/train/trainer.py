@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +17,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from mllama_jax.api import Mllama
-from mllama_jax.convert.apply import read_config
+from mllama_jax.convert.apply import paths, read_config
 from mllama_jax.convert.sources import open_checkpoint
+from mllama_jax.convert.store import is_bucket
 from mllama_jax.errors import InputError
 from mllama_jax.loading import load, preset_mesh
 from mllama_jax.model.layers import REMAT
@@ -44,6 +46,8 @@ def start(recipe: Recipe, loaded: Mllama) -> tuple[Params, Frozen]:
     if recipe.part == "lora":
         params = _placed_lora(recipe, loaded)
     if recipe.pictures is not None:
+        if recipe.pictures.patches and all(path[0] == "text" for path in paths(params)):
+            raise InputError("pictures.patches: does nothing where nothing that sees is trained; set it to 0")
         rules, reading = loaded.model.constrain, init_reading(loaded.config)
         params[READING] = jax.device_put(reading, rules.sharding()) if isinstance(rules, Rules) else reading
     if recipe.loss != "preference":
@@ -175,8 +179,11 @@ def _notice() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train(recipe: Recipe, out: Path) -> dict[str, Any]:
+def train(recipe: Recipe, out: str | os.PathLike[str]) -> dict[str, Any]:
     """Train, or go on where a run of the same recipe in `out` was when it ended, and write what was trained.
+
+    Args:
+        out: a directory, or a place in a bucket (`gs://bucket/path`).
 
     Returns:
         what was done, see `History.summary`, and where the result is.
@@ -185,12 +192,17 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         InputError: the recipe, its data or `out` cannot be used; the loss is no number.
         Preempted: SIGTERM came; the state is saved.
     """
+    out = os.fspath(out)
+    if is_bucket(out) and importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{out}: a run in a bucket needs gcsfs: pip install 'mllama-jax[train,gcs]'")
     checkpoints = Checkpoints(out, recipe)
     trainer = Trainer.of(recipe)
     reader = trainer.batches.read()
     if found := checkpoints.latest(trainer.state):
-        trainer.state = found[0]
-        reader.set_state(found[1])
+        trainer.state, read = found
+        if read["digest"] != trainer.batches.chats.digest:
+            raise InputError(f"{recipe.data}: has changed since the run in {out} began; choose another directory")
+        reader.set_state(read["state"])
     history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
     with closing(reader), _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
@@ -201,7 +213,7 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         **history.summary(),
         "dropped": trainer.batches.chats.dropped,
         "cut": trainer.batches.chats.cut,
-        "result": str(result),
+        "result": result,
     }
 
 
@@ -218,7 +230,9 @@ def _run(
         loss = trainer.evaluate() if due and trainer.held_out is not None else None
         history.add(step, batches, report, loss)
         if due or leaving:
-            checkpoints.save(trainer.state, reader.get_state(), loss)
+            history.keep()
+            read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest}
+            checkpoints.save(trainer.state, read, loss)
         if leaving:
             checkpoints.close()
             raise Preempted(f"{checkpoints.out}: told to end; step {step} is saved, the same command goes on from it")

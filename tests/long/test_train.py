@@ -135,6 +135,32 @@ def test_accumulated_gradients_are_those_of_one_batch(tiny_params: Params) -> No
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), apart.params, together.params)
 
 
+def test_rows_do_not_see_each_other(tiny_params: Params) -> None:
+    """Alone, and padded to a longer shape with more pictures, each has the gradient that is its part of the batch's."""
+    batch = rows()
+
+    @jax.jit
+    def gradient(batch: Batch) -> Params:
+        return jax.grad(lambda params: supervised(MODEL, params, batch)[0])(tiny_params)
+
+    def alone(b: int) -> Batch:
+        def padded(array: Any, axis: int, n: int, fill: int = 0) -> np.ndarray:
+            more = [(0, n if i == axis else 0) for i in range(array.ndim)]
+            return np.pad(array, more, constant_values=fill)
+
+        row, pictures = slice(b, b + 1), slice(2 * b, 2 * b + 2)
+        return Batch(
+            padded(batch.tokens[row], 1, 7),
+            padded(batch.labels[row], 1, 7, IGNORED),
+            padded(batch.pixels[pictures], 0, 1),
+            padded(batch.ratio_ids[pictures], 0, 1),
+            padded(batch.spans[row], 1, batch.pixels.shape[1]),
+        )
+
+    apart = jax.tree.map(lambda *each: sum(each), *(gradient(alone(b)) for b in range(3)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), apart, gradient(batch))
+
+
 def test_the_loss_is_cross_entropy_of_labels_alone(tiny_params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against NumPy, in value and, by the softmax's known gradient, in what reaches the logits."""
     batch = rows()

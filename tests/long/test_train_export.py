@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,11 @@ from mllama_jax.train.pictures import tokenizer
 from mllama_jax.train.recipe import read_recipe
 from mllama_jax.train.trainer import Trainer
 from tests.conftest import TINY
+from tests.exported import export
+from tests.test_processes import free_port
 from tests.training import line, write
 
+ROOT = Path(__file__).parents[2]
 ADAPTER = re.compile(r"^(vision_model|multi_modal_projector|language_model\.model\.layers\.1)\.")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -57,7 +63,7 @@ def test_the_tuned_model_is_written_in_both_layouts(source: Path, tmp_path: Path
     assert main(["convert", str(out / "model"), str(tmp_path / "meta"), "--to", "meta"]) == 0
 
     trainer = Trainer.of(read_recipe(recipe))
-    found = Checkpoints(out, read_recipe(recipe)).latest(trainer.state)
+    found = Checkpoints(str(out), read_recipe(recipe)).latest(trainer.state)
     assert found is not None
     state, frozen = found[0], trainer.frozen.params
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state) if leaf.ndim)
@@ -93,3 +99,38 @@ def test_lora_is_learned_over_int8(source: Path, tmp_path: Path, capsys: pytest.
     assert main(command) == 0
     base, merged = (mllama_jax.load(each, dtype="float32") for each in (source, tmp_path / "merged"))
     assert np.abs(logits(merged) - logits(base)).max() > 0.1
+
+
+@pytest.mark.parametrize("part", ["lora", "adapter", "full"])
+def test_processes_export_as_one_does(source: Path, tmp_path: Path, part: Part) -> None:
+    """To the byte; where whole tensors are written, the first holds three at once (one is made, one waits, one goes to
+    the disk), the other one."""
+    recipe = write(tmp_path / "data", [line(0)], source, part=part, preset="fsdp", samples=2)
+    export(recipe, tmp_path / "one")
+    coordinator = f"127.0.0.1:{free_port()}"
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mllama_jax.run", "tests/exported.py", coordinator]
+    everyone = [
+        subprocess.Popen(
+            [*command, str(number), "2", str(recipe), str(tmp_path / "two")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    held = []
+    for process in everyone:
+        out, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        held.append(json.loads(out))
+    (folder,) = (tmp_path / "one").iterdir()
+    for file in folder.iterdir():
+        assert (tmp_path / "two" / folder.name / file.name).read_bytes() == file.read_bytes()
+    (weights,) = folder.glob("*.safetensors")
+    sizes = [array.nbytes for array in load_file(weights).values()]
+    print(f"{part}: hosts held {held} bytes at most, of {sum(sizes)} written")
+    if part != "lora":
+        assert held[0] <= 3 * max(sizes) < sum(sizes)
+        assert held[1] <= max(sizes)

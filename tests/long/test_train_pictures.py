@@ -78,3 +78,10 @@ def test_a_run_that_draws_goes_on_as_if_it_had_not_been_ended(folder: Path) -> N
     assert losses(out) == losses(folder / "whole")
     name = "model/model.safetensors"
     assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_patches_teach_only_what_sees(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(shorter(folder, "text", part='"lora"')), str(folder / "text")]) == 2
+    assert capsys.readouterr().err == (
+        "mllama train: pictures.patches: does nothing where nothing that sees is trained; set it to 0\n"
+    )

@@ -29,11 +29,11 @@ STEPS = 40
 class Pair:
     """Two processes that train by a recipe into `out`; none is left behind."""
 
-    def __init__(self, *recipes: Path, out: Path, folders: Sequence[Path] = (ROOT, ROOT)):
+    def __init__(self, *recipes: Path, out: Path | str, folders: Sequence[Path] = (ROOT, ROOT), **environment: str):
         """They run in `folders`, where relative paths lead them to different places."""
         coordinator = f"127.0.0.1:{free_port()}"
         flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-        self.out = out
+        self.out = Path(out)
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "mllama_jax.cli", "train", str(recipe), str(out), "--join",
@@ -44,7 +44,7 @@ class Pair:
                 cwd=folders[number],
                 env={
                     **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment,
                 },
             )
             for number, recipe in enumerate(recipes)
@@ -68,7 +68,7 @@ class Pair:
 
     def ended(self) -> list[tuple[int, str, str]]:
         """The exit code of each, and what it printed."""
-        texts = [process.communicate(timeout=120) for process in self.processes]
+        texts = [process.communicate(timeout=300) for process in self.processes]
         return [(process.returncode, *text) for process, text in zip(self.processes, texts, strict=True)]
 
 

@@ -101,7 +101,9 @@ BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("int8", [line(0)], {"quantize": "int8", "part": "full"}, "int8 kernels cannot be trained; expected part 'lora'"),
     ("decay", [line(0)], {"weight_decay": -1.0}, "recipe.toml: weight_decay: expected at least 0, got -1.0"),
     ("bucket", [line(0)], {"data": "gs://none/chats.jsonl"}, "gs://none/chats.jsonl: "),
-    ("lora", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
+    ("rank", [line(0)], {"lora": {"rank": 0}}, "recipe.toml: lora.rank: expected at least 1, got 0"),
+    ("alpha", [line(0)], {"lora": {"alpha": 0.0}}, "recipe.toml: lora.alpha: expected more than 0, got 0.0"),
+    ("lora of", [line(0)], {"part": "adapter", "lora": {"rank": 4}}, "toml: lora: does nothing beside part 'adapter'"),
 ]
 
 
@@ -119,7 +121,7 @@ def test_a_run_needs_a_directory(run: Callable, capsys: pytest.CaptureFixture[st
     (tmp_path / "out").write_text("a file\n")
     code, told = run(capsys, tmp_path, [line(0)])
     assert (code, (tmp_path / "out").read_text()) == (2, "a file\n")
-    assert told.endswith("out: cannot be made: File exists; name a new or empty directory\n")
+    assert told.endswith("out: is a file; expected a new or empty directory or one of a run\n")
 
 
 @pytest.mark.parametrize("part", ["lora", "adapter"])
@@ -144,6 +146,14 @@ def test_a_directory_of_another_run_is_refused(
     code, said = run(capsys, tmp_path / "data", [line(0)], steps=1, lora={"rank": 3})
     assert code == 2
     assert "holds a run of another recipe, lora: expected {'rank': 3," in said
+    code, said = run(capsys, tmp_path / "data", [line(1)], steps=1)
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.endswith(
+        f"chats.jsonl: has changed since the run in {tmp_path / 'data/out'} began; choose another directory\n"
+    )
+    (tmp_path / "data/out/recipe.json").write_text("{")
+    code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
+    assert (code, "recipe.json: invalid JSON" in said, said.count("\n")) == (2, True, 1)
     (tmp_path / "data/out/recipe.json").unlink()
     code, said = run(capsys, tmp_path / "data", [line(0)], steps=1)
     assert (code, "expected a new or empty directory or one of a run" in said) == (2, True)

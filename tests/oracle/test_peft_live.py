@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import mllama_jax
+from mllama_jax.convert.apply import from_tree
 from mllama_jax.convert.lora import write_lora
 from mllama_jax.convert.run import convert
 from mllama_jax.train.parts import Lora, init_lora, merge
@@ -35,7 +36,8 @@ def test_peft_loads_our_adapters(tmp_path: Path) -> None:
         lambda leaf: np.float32(leaf + 0.05 * rng.standard_normal(leaf.shape)),
         init_lora(loaded.config, lora, jax.random.key(0)),
     )
-    write_lora(tmp_path / "adapter", pairs, loaded.config, lora.rank, lora.alpha, str(tmp_path / "hf"))
+    adapter = from_tree(pairs, np.dtype("float32"))
+    write_lora(tmp_path / "adapter", adapter, loaded.config, lora.rank, lora.alpha, str(tmp_path / "hf"))
     base = transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     huggingface.tap_inputs(base)
     huggingface.mask_rows(base)
