@@ -20,7 +20,6 @@ from tests.bucket import Bucket
 from tests.long.test_train_processes import Pair, history
 from tests.training import line, write
 
-pytest.importorskip("gcsfs")
 OUT = "gs://bucket/run"
 
 
