@@ -3,6 +3,9 @@
 Slots are the cache of what was read: a slot keeps it when its request is gone, and the next request that begins alike,
 pictures included, goes there, or copies it, and reads only the rest. So a picture that some slot holds is not encoded
 again, whoever shows it.
+
+How many slots there are, and how large, follows from what they hold and from what fits into memory (`levels`): requests
+that are too long or show too much for many slots have few.
 """
 
 from __future__ import annotations
@@ -21,18 +24,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mllama_jax.config import MllamaConfig
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, slots
-from mllama_jax.generate.batch import fit, ladder
+from mllama_jax.generate import decode, levels, slots
+from mllama_jax.generate.batch import fit
+from mllama_jax.generate.levels import Level, Need
 from mllama_jax.generate.requests import Picture, Request, settings_of
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.generate.slots import Caches, Layers, picture_tiles
 from mllama_jax.model.mllama import MllamaModel, Params
 
-CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
-TOGETHER = 8  # prompts read at once, where so many are no more tokens than two chunks
+CHUNKS = 4  # times as many tokens of prompts as a chunk are read between two dispatches
 PICTURES = 8  # encoded between two dispatches
 STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
-LEAST = 512  # positions of a slot at first
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
 
@@ -63,6 +65,13 @@ class Slot:
                 return first
             first += picture.tiles
         return None
+
+    def cut(self, level: Level) -> None:
+        """Forget what has no room at a level."""
+        ends = itertools.accumulate(picture.tiles for picture in self.pictures)
+        self.pictures = self.pictures[: sum(end <= level.tiles for end in ends)]
+        shown = [position for position, mark in enumerate(self.marks) if isinstance(mark, bytes)]
+        self.marks = self.marks[: min([level.positions - 1, *shown[len(self.pictures) :]])]
 
     def spans(self, width: int) -> np.ndarray:
         """int32 [width, 2], the text positions that see each tile; (0, 0) for none."""
@@ -95,31 +104,40 @@ class Block:
 class Engine:
     """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
 
-    Its memory grows with the longest request and the most pictures of one, up to `context` positions and so many
-    pictures a slot, in few steps: each takes programs of its own, all of which `warm_up` compiles.
+    Its memory follows the longest request and the most pictures of one in few levels: each takes programs of its own,
+    all of which `warm_up` compiles. Where the largest do not fit into memory with all slots, requests that need them
+    wait until few enough others are left; and where one becomes too long for all to go on, who came last waits until
+    there is room again.
 
     Args:
+        slots: how many requests are answered at once, where they fit.
+        context: positions of a request at most, its answer included.
         pictures: how many a slot has room for at first and at most.
+        memory: bytes that each device has for the caches; None for as many as they take.
 
     Attributes:
-        lengths, widths: how many positions, and tiles, a slot may have room for, in rising order.
+        levels: what the caches may be, from the smallest to the largest.
         counts: of admitted requests: prompt tokens (`prefix_cache_queries`) and how many of them a slot had read
             (`prefix_cache_hits`), pictures and how many of them some slot held (`image_cache_...`).
     """
 
     def __init__(
-        self, model: MllamaModel, params: Params, *, slots: int, context: int, pictures: tuple[int, int] = (0, 16)
+        self,
+        model: MllamaModel,
+        params: Params,
+        *,
+        slots: int,
+        context: int,
+        pictures: tuple[int, int] = (0, 16),
+        memory: int | None = None,
     ):
-        self.model, self.params, self.context = model, params, min(context, model.config.text.context)
-        (first, self.pictures), tiles = pictures, picture_tiles(model)
-        self.lengths = ladder(LEAST, self.context + CHUNK)
-        self.widths = ladder(tiles, tiles * self.pictures) if tiles * self.pictures else []
-        if not (first and self.widths):
-            self.widths = [0, *self.widths]
+        self.model, self.params, self.pictures = model, params, pictures[1]
+        self.context = min(context, model.config.text.context)
+        self.levels = levels.levels_of(model, rows=slots, context=self.context, pictures=pictures, memory=memory)
         self.waiting: deque[Request] = deque()
-        self.slots = [Slot(row) for row in range(slots)]
+        self.slots = [Slot(row) for row in range(self.levels[0].rows)]
         self.counts: Counter[str] = Counter()
-        self._caches: Caches | None = None
+        self._level, self._caches = self.levels[0], None
         self._clock = 0
         self._has_read = False  # rather than decoded, in the last step
         self._under_way: Block | None = None
@@ -135,14 +153,21 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises InputError where a request cannot fit a slot."""
-        prompt, new = len(request.marks), request.answer.params.max_new_tokens
-        if prompt + new > self.context:
-            raise InputError(
-                f"{prompt} prompt tokens and {new} new ones exceed the {self.context} positions of a slot; shorten the "
-                "prompt or max_new_tokens"
-            )
+        prompt, new, room = len(request.marks), request.answer.params.max_new_tokens, self.room(request.tiles)
         if len(request.pictures) > self.pictures:
             raise InputError(f"{len(request.pictures)} pictures exceed the {self.pictures} of a slot; show fewer")
+        if prompt + new > room:
+            shown = f" beside {request.tiles} tiles of pictures" if request.tiles else ""
+            why = "of a slot" if room == self.context else f"that fit into memory{shown}"
+            raise InputError(
+                f"{prompt} prompt tokens and {new} new ones exceed the {room} positions {why}; shorten the prompt or "
+                f"max_new_tokens{', or show less' if room < self.context and shown else ''}"
+            )
+
+    def room(self, tiles: int) -> int:
+        """How many positions a request may have that shows pictures of so many tiles."""
+        fitting = (level.positions for level in self.levels if level.tiles >= tiles)
+        return min(self.context, max(fitting, default=0))
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError where it cannot fit a slot."""
@@ -188,26 +213,45 @@ class Engine:
 
     # ---- Admission --------------------------------------------------------------------------------------------------
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, level: Level | None = None) -> None:
         """Empty caches; who had a slot waits in front, and goes on where the answer was."""
         self._under_way = None
-        active = [slot for slot in self.slots if slot.request is not None]
-        self.waiting.extendleft(slot.request for slot in sorted(active, key=lambda slot: -slot.used) if slot.request)
-        self.slots = [Slot(row) for row in range(len(self.slots))]
-        self._caches = slots.empty(self.model, slots=len(self.slots), length=self.lengths[0], tiles=self.widths[0])
+        self._give_way(0)
+        self._level = level or self.levels[0]
+        self.slots = [Slot(row) for row in range(self._level.rows)]
+        self._caches = slots.empty(
+            self.model, slots=self._level.rows, length=self._level.positions, tiles=self._level.tiles
+        )
+
+    def _active(self) -> list[Request]:
+        """Who has a slot, in the order in which they were given it."""
+        return [slot.request for slot in sorted(self.slots, key=lambda slot: slot.used) if slot.request]
+
+    def _give_way(self, left: int) -> None:
+        """Let only so many keep their slots, those who came first; the others wait in front."""
+        for request in reversed(self._active()[left:]):
+            self.cancel(request)
+            self.waiting.appendleft(request)
+
+    def _level_with(self, *more: Request) -> Level | None:
+        """The level for who has a slot, and more; None where these have to wait."""
+        needs = [need(request) for request in (*self._active(), *more)]
+        return levels.choose(self.levels, self._level, needs)
 
     def _admit(self) -> None:
-        """Give free slots to those who wait, first come, first served, as far as their pictures can be encoded."""
-        admitted, missing = 0, {}
-        free = sum(slot.request is None for slot in self.slots)
-        for request in itertools.islice(self.waiting, free):
+        """Give slots to those who wait, first come, first served, as far as they fit and their pictures can be
+        encoded."""
+        admitted, missing, level = [], {}, self._level
+        for request in self.waiting:
             new = {p.digest: p for p in request.pictures if self._holder(p.digest) is None}
-            if admitted and len(missing | new) > PICTURES:
+            wanted = self._level_with(*admitted, request)
+            if wanted is None or (admitted and len(missing | new) > PICTURES):
                 break
-            admitted, missing = admitted + 1, missing | new
+            admitted, missing, level = [*admitted, request], missing | new, wanted
+        self._move(level)
         encoded = {digest: self._encode(picture) for digest, picture in missing.items()}
-        for _ in range(admitted):
-            self._place(self.waiting[0], encoded)
+        for request in admitted:
+            self._place(request, encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
 
     def _holder(self, digest: bytes) -> tuple[Slot, int] | None:
@@ -243,9 +287,7 @@ class Engine:
         pieces = [encoded.get(p.digest) or self._take(p) for p in request.pictures[there:]]  # before any is overwritten
         slot.pictures = slot.pictures[:there]
         for picture, piece in zip(request.pictures[there:], pieces, strict=True):
-            first = sum(each.tiles for each in slot.pictures)
-            self._make_room(tiles=first + picture.tiles)
-            self._put(piece, slot.row, first)
+            self._put(piece, slot.row, sum(each.tiles for each in slot.pictures))
             slot.pictures.append(picture)
         self._clock += 1
         slot.request, slot.reading, slot.used = request, True, self._clock
@@ -265,15 +307,16 @@ class Engine:
     def _read(self) -> list[tuple[Request, str]]:
         """Read prompts in turn, a chunk of each; whose prompt ends has its first token."""
         reading = deque(sorted((slot for slot in self.slots if slot.reading), key=lambda slot: slot.used))
-        left, read = CHUNKS * CHUNK, []
+        left, read = CHUNKS * levels.CHUNK, []
         while reading and left > 0:
             group = self._together(reading)
             made, tokens = self._read_chunks(group)
             left -= tokens
-            read.append((made, [(row, slot) for row, slot in enumerate(group) if len(self._unread(slot)) <= CHUNK]))
-            for slot in group:
-                if slot.request and len(self._unread(slot)) > CHUNK:
-                    slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + CHUNK]
+            unread = [len(self._unread(slot)) for slot in group]
+            read.append((made, [(row, slot) for row, slot in enumerate(group) if unread[row] <= levels.CHUNK]))
+            for slot, left_of_it in zip(group, unread, strict=True):
+                if slot.request and left_of_it > levels.CHUNK:
+                    slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + levels.CHUNK]
                     reading.append(slot)
         found = []
         for made, ended in read:  # on the device the next is under way
@@ -287,18 +330,18 @@ class Engine:
     def _unread(self, slot: Slot) -> list[int]:
         """What a slot has yet to read."""
         assert slot.request is not None
-        return [*slot.request.prompt.tokens, *slot.request.answer.tokens][len(slot.marks) :]
+        return slot.request.tokens[len(slot.marks) :]
 
     def _size(self, slot: Slot) -> int:
         """How many tokens a program that reads the next chunk of a slot takes."""
-        return fit(len(self._unread(slot)[:CHUNK]), sizes())
+        return fit(len(self._unread(slot)[: levels.CHUNK]), levels.sizes())
 
     def _together(self, reading: deque[Slot]) -> list[Slot]:
         """Take who is to read next, and as many of those behind as can read at once with it."""
         group, longest = [], 0
-        while reading and len(group) < TOGETHER:
+        while reading and len(group) < self._level.together:
             longest = max(longest, self._size(reading[0]))
-            if group and TOGETHER * longest > 2 * CHUNK:
+            if group and levels.TOGETHER * longest > 2 * levels.CHUNK:
                 break
             group.append(reading.popleft())
         return group
@@ -306,17 +349,18 @@ class Engine:
     def _read_chunks(self, group: Sequence[Slot]) -> tuple[decode.Made, int]:
         """Let slots read a chunk each: what follows each, on the device, and how many tokens went through the model."""
         length = max(map(self._size, group))
-        size = 1 if len(group) == 1 else TOGETHER  # one or all, for few programs
+        size = 1 if len(group) == 1 else self._level.together  # one or all, for few programs
         padded = [*group, *[group[0]] * (size - len(group))]
         requests = [slot.request for slot in padded if slot.request]
         tokens = np.full((size, length), self.config.pad, np.int32)
         starts, ends = np.zeros((2, size), np.int32)
-        for row, slot in enumerate(padded):
-            new = self._unread(slot)[:CHUNK]
-            tokens[row, : len(new)], starts[row], ends[row] = new, len(slot.marks), len(new) - 1
-        self._make_room(positions=int(starts.max()) + length)
+        for row, (slot, request) in enumerate(zip(padded, requests, strict=True)):
+            end = min(len(slot.marks) + levels.CHUNK, len(request.tokens))
+            start = min(len(slot.marks), self._level.positions - length)  # what would end behind the cache, earlier
+            new = request.tokens[start:end]
+            tokens[row, : len(new)], starts[row], ends[row] = new, start, len(new) - 1
         settings, counts, top = settings_of(self.config, requests)
-        spans = np.stack([slot.spans(self._tiles) for slot in padded])
+        spans = np.stack([slot.spans(self._level.tiles) for slot in padded])
         rows = np.array([slot.row for slot in padded], np.int32)
         made = np.array([len(each.answer.tokens) for each in requests], np.int32)
         caches, self._caches = self._caches, None
@@ -343,21 +387,23 @@ class Engine:
 
     def _begin(self) -> Block | None:
         """Decode from where the answers are; None where there are none."""
+        while (level := self._level_with()) is None:
+            self._give_way(len(self._active()) - 1)
+        self._move(level)
         rows = [(slot, slot.request) for slot in self.slots if slot.request and not slot.reading]
         if not rows:
             return None
-        self._make_room(positions=max(len(slot.marks) for slot, _ in rows) + 2 * STEPS + 1)
         n, caches = len(self.slots), self._caches
         assert caches is not None
         token, made = np.zeros(n, np.int32), np.zeros(n, np.int32)
         # Idle rows write at the last position, which nobody ever sees.
         position, done = np.full(n, caches.text[0].length - 1, np.int32), np.ones(n, bool)
-        spans = np.zeros((n, self._tiles, 2), np.int32)
+        spans = np.zeros((n, self._level.tiles, 2), np.int32)
         requests: list[Request | None] = [None] * n
         for slot, request in rows:
             answer, i = request.answer, slot.row
             token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
-            spans[i] = slot.spans(self._tiles)
+            spans[i] = slot.spans(self._level.tiles)
             requests[i] = request
         settings, counts, top = settings_of(self.config, requests)
         state = self.state(token, position, made, done, counts)
@@ -375,6 +421,8 @@ class Engine:
         """Whether the next block can begin before this one is known, and keeps nobody waiting."""
         if self._hurried or any(request.guide for _, request in block.rows):
             return False
+        if self._level_with() is not self._level:
+            return False
         if not block.columns.is_fully_addressable:
             return False  # to gather a block from several processes is itself a program, behind the next block
         return any(
@@ -383,7 +431,6 @@ class Engine:
 
     def _go_on(self, block: Block) -> Future[Block]:
         """Decode from where a block ends, on the device."""
-        self._make_room(positions=max(len(slot.marks) for slot, _ in block.rows) + 2 * STEPS + 1)
         return self._dispatch(block.rows, block.state, block.settings, block.spans, block.top)
 
     def _dispatch(
@@ -415,8 +462,8 @@ class Engine:
     @property
     def _hurried(self) -> bool:
         """Whether someone waits only for the others to let it read."""
-        free = any(slot.request is None for slot in self.slots)
-        return any(slot.reading for slot in self.slots) or (free and bool(self.waiting))
+        fits = bool(self.waiting) and self._level_with(self.waiting[0]) is not None
+        return fits or any(slot.reading for slot in self.slots)
 
     def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
         """Give an answer its new tokens; all but the last of them are in the cache."""
@@ -439,32 +486,32 @@ class Engine:
         caches, self._caches = self._caches, None
         self._caches = program(caches, *args)
 
-    def _make_room(self, *, positions: int = 0, tiles: int = 0) -> None:
-        """Let every slot hold so many positions and tiles."""
+    def _move(self, level: Level) -> None:
+        """Go on at a level that holds who has a slot; of the free slots those are kept that were used last."""
+        if level is self._level:
+            return
         assert self._caches is not None
-        text, own, tile = self._caches.text[0].length, self._tiles, slots.tile_length(self.model)
-        if positions > text - 1 or tiles > own:
-            layers, self._caches = {"cache": [*self._caches.text], "image_seq": [*self._caches.tiles]}, None
-            wanted = {"cache": positions + 1, "image_seq": tiles * tile}  # a slot's last position is for idle rows
-            steps = {"cache": self.lengths, "image_seq": [width * tile for width in self.widths]}
-            for axis, own_layers in layers.items():
-                for i, layer in enumerate(own_layers):  # one after the other, so that no two whole caches exist
-                    for length in steps[axis]:
-                        if layer.length < min(length, wanted[axis]):
-                            own_layers[i] = layer = slots.longer(self.model, layer, length=length, axis=axis)
-            self._caches = Caches(tuple(layers["cache"]), tuple(layers["image_seq"]))
-
-    @property
-    def _tiles(self) -> int:
-        """Tiles that every slot has room for."""
-        if self._caches is None or not self._caches.tiles:
-            return 0
-        return self._caches.tiles[0].length // slots.tile_length(self.model)
+        kept = sorted(self.slots, key=lambda slot: (slot.request is None, -slot.used))[: level.rows]
+        kept = sorted(kept, key=lambda slot: slot.row)
+        rows = np.array([*(slot.row for slot in kept), *[0] * (level.rows - len(kept))], np.int32)
+        text, tiles, self._caches = [*self._caches.text], [*self._caches.tiles], None
+        tile = slots.tile_length(self.model)
+        for layers, length, axis in (text, level.positions, "cache"), (tiles, level.tiles * tile, "image_seq"):
+            for i, layer in enumerate(layers):  # one after the other, so that no two whole caches exist
+                if (layer.rows, layer.length) != (level.rows, length):
+                    layers[i] = layer = slots.moved(self.model, layer, rows, length=length, axis=axis)
+        self._caches, self._level = Caches(tuple(text), tuple(tiles)), level
+        for slot in kept:
+            slot.cut(level)
+        self.slots = [*kept, *(Slot(0) for _ in range(level.rows - len(kept)))]
+        for row, slot in enumerate(self.slots):
+            slot.row = row
 
 
-def sizes() -> list[int]:
-    """How many tokens of a prompt a program may take."""
-    return ladder(CHUNK // 4, CHUNK)
+def need(request: Request) -> Need:
+    """What a request takes until the block after the next one has come, at most what it takes at its end."""
+    prompt, answer = len(request.prompt.tokens), request.answer
+    return Need(prompt + min(len(answer.tokens) + 2 * STEPS, answer.params.max_new_tokens), request.tiles)
 
 
 def common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:

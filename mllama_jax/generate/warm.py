@@ -1,7 +1,7 @@
 """Every program that an engine runs in its life, compiled before anyone waits for it.
 
-There are few, for what they work on has few sizes: caches have the engine's `lengths` and `widths`, prompts are read in
-chunks of a few sizes, alone or together, and settings are of two kinds.
+There are few, for what they work on has few sizes: caches are at one of the engine's levels, prompts are read in chunks
+of a few sizes, alone or together, and settings are of two kinds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from mllama_jax.config import VisionConfig
-from mllama_jax.generate import decode, engine, slots
+from mllama_jax.generate import decode, engine, levels, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.levels import Level, Need
 from mllama_jax.generate.requests import Picture, Request, settings_of
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.model.vision import TILES
@@ -34,12 +35,11 @@ def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
     The engine must be idle, and is empty thereafter. Its caches are at their largest for a while, so that what does not
     fit is known now.
     """
-    levels = [*itertools.product(reversed(served.lengths), reversed(served.widths))]
-    programs = sum(len(KINDS) + sum(1 for _ in _reads(served, length)) for length, _ in levels)
-    steps, done = programs + len(levels), itertools.count(1)
+    programs = sum(len(KINDS) + len(_reads(level)) for level in served.levels)
+    steps, done = programs + len(served.levels), itertools.count(1)
     compilers = ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1))
     try:  # JAX keeps what was compiled for calls with such arguments
-        lowered = itertools.chain.from_iterable(_lowered(served, *level) for level in levels)
+        lowered = itertools.chain.from_iterable(_lowered(served, level) for level in reversed(served.levels))
         compiled = []
         for each in lowered:
             compiled.append(compilers.submit(each.compile))
@@ -49,22 +49,22 @@ def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
             yield next(done), steps
     finally:
         compilers.shutdown(cancel_futures=True)
-    for level in reversed(levels):
-        _rehearse(served, *level)
+    for level in served.levels:
+        _rehearse(served, level)
         yield next(done), steps
     served._begin_anew()
     served.counts.clear()
 
 
-def _lowered(served: Engine, length: int, width: int) -> Iterator[jax.stages.Lowered]:
-    """The programs on caches of a size that take long to compile."""
-    model, params, n = served.model, served.params, len(served.slots)
-    caches = slots.empty(model, slots=n, length=length, tiles=width)
+def _lowered(served: Engine, level: Level) -> Iterator[jax.stages.Lowered]:
+    """The programs at a level that take long to compile."""
+    model, params, n, width = served.model, served.params, level.rows, level.tiles
+    caches = slots.empty(model, slots=n, length=level.positions, tiles=width)
 
     def ints(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
-    for rows, size in _reads(served, length):
+    for rows, size in _reads(level):
         places = ints(rows, width, 2), ints(rows)
         yield slots.read.lower(model, params, caches, *places, ints(rows, size), ints(rows), ints(rows))
     for kind in KINDS:
@@ -75,30 +75,32 @@ def _lowered(served: Engine, length: int, width: int) -> Iterator[jax.stages.Low
         yield decode.decode.lower(model, params, state, cross, settings, steps=engine.STEPS, top=top)
 
 
-def _reads(served: Engine, length: int) -> Iterator[tuple[int, int]]:
-    """How many prompts, and tokens of each, are read at once into slots of a length."""
-    for size in engine.sizes():
-        if size < length:
-            yield 1, size
-            if len(served.slots) > 1 and engine.TOGETHER * size <= 2 * engine.CHUNK:
-                yield engine.TOGETHER, size
+def _reads(level: Level) -> list[tuple[int, int]]:
+    """How many prompts, and tokens of each, are read at once."""
+    alone = [(1, size) for size in levels.sizes()]
+    together = [(level.together, size) for size in levels.sizes() if levels.TOGETHER * size <= 2 * levels.CHUNK]
+    return alone + together * (level.together > 1)
 
 
-def _rehearse(served: Engine, length: int, width: int) -> None:
-    """Run all that is run on caches of a size."""
-    served._begin_anew()
-    served._make_room(positions=length - 1, tiles=width)
+def _rehearse(served: Engine, level: Level) -> None:
+    """Run all that is run at a level, and whatever leads from there to others."""
+    served._begin_anew(level)
     served._change(slots.copy_row, 0, 0)
-    if width and (vision := served.config.vision) is not None:
+    if level.tiles and (vision := served.config.vision) is not None:
         served._put(served._encode(_picture(vision)), 0, 0)
         served._put(slots.take_tiles(served.model, served._caches, 0, 0), 0, 0)
     numbers = itertools.count()
-    for kind, (rows, size) in itertools.product(KINDS, _reads(served, length)):
+    for kind, (rows, size) in itertools.product(KINDS, _reads(level)):
         for _ in range(min(rows, 2)):
-            served.submit(_request(served, next(numbers), size, kind))
+            served.submit(_request(served, next(numbers), min(size, level.positions - kind.max_new_tokens), kind))
         while served.busy:
             for _ in served.step():
                 pass
+    for other in served.levels:
+        largest = [Need(other.positions, other.tiles)] * other.rows
+        if other is not level and levels.choose(served.levels, level, largest) is other:
+            served._begin_anew(level)
+            served._move(other)
 
 
 def _picture(vision: VisionConfig) -> Picture:

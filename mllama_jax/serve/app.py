@@ -27,10 +27,13 @@ from mllama_jax.generate import requests
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.levels import free_memory, row_bytes
+from mllama_jax.generate.slots import picture_tiles
 from mllama_jax.generate.warm import warm_up
 from mllama_jax.processes import leaving, versions
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
+from mllama_jax.processing.image import tiles_of
 from mllama_jax.serve import protocol
 from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
@@ -95,10 +98,12 @@ class Service:
         self.replies = Replies(name, model.tokenizer)
         self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
         pictures = min(limits.pictures, 1), limits.pictures
-        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=pictures)
+        memory, guards = shared(free_memory(), model, guard, context, limits.pictures)
+        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=pictures, memory=memory)
         self.worker = Worker(engine, turns)
         if guard is not None:
-            self.guard = Guard(guard, slots=slots, context=engine.context, turns=turns, aside=self._aside)
+            room = engine.room(0)
+            self.guard = Guard(guard, slots=slots, context=room, memory=guards, turns=turns, aside=self._aside)
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
@@ -172,7 +177,7 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         card = {"id": self.name, "object": "model", "created": 0, "owned_by": "mllama-jax"}
-        return JSONResponse({"object": "list", "data": [card | {"max_model_len": self.worker.engine.context}]})
+        return JSONResponse({"object": "list", "data": [card | {"max_model_len": self.worker.engine.room(0)}]})
 
     async def tokenize(self, body: dict[str, Any], request: Request) -> Response:
         if "messages" in body:
@@ -180,7 +185,7 @@ class Service:
         else:
             asked = protocol.text_request(body, self.name)
         tokens = (await self._aside(self._prompt, asked.prompts[0], asked.tools)).tokens
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.context})
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.room(0)})
 
     async def look(self, body: dict[str, Any], request: Request) -> Response:
         """Where the words of the answer with which a conversation ends look on its pictures."""
@@ -210,7 +215,7 @@ class Service:
         """How many tokens' attention to so many pictures has room."""
         text, vision = self.model.config.text, self.model.config.vision
         seen = 0 if vision is None else pictures * vision.max_tiles * vision.padded_tokens
-        return min(self.worker.engine.context, SCORES // (text.heads * max(seen, 1)))
+        return min(self.worker.engine.room(0), SCORES // (text.heads * max(seen, 1)))
 
     async def warm_up(self, told: Callable[[int, int], None]) -> None:
         """Compile all that the engines will run, and be ready; `told` hears how many of how many steps are done."""
@@ -223,10 +228,9 @@ class Service:
             except JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                have = f"{len(self.worker.engine.slots)} slots of {self.worker.engine.context} positions"
                 raise InputError(
-                    f"{have} and {self.limits.pictures} pictures do not fit into memory beside the weights; lower "
-                    "--slots, --context or --images"
+                    "programs and their caches do not fit into memory beside the weights; lower --slots, --context or "
+                    "--images"
                 ) from None
         if self.guard is not None:  # a model that gives no verdict is no guard
             await self.guard.judge([{"role": "user", "content": "Hello!"}])
@@ -264,7 +268,7 @@ class Service:
             self._arriving -= 1
 
     def _admit(self, more: int) -> None:
-        if self.worker.open + self._arriving + more > len(self.worker.engine.slots) + self.limits.queue:
+        if self.worker.open + self._arriving + more > self.worker.engine.levels[0].rows + self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
     async def _take(self, asked: Asked, jobs: list[Job], field: str) -> None:
@@ -310,7 +314,8 @@ class Service:
         config, made = self.model.config, []
         for asked_prompt in asked.prompts:
             prompt = self._prompt(asked_prompt, asked.tools)
-            room = self.worker.engine.context - len(prompt.tokens)
+            tiles = sum(tiles_of(image, config.vision) for image in prompt.images if config.vision)
+            room = self.worker.engine.room(tiles) - len(prompt.tokens)
             for params in protocol.sampling(asked, room, config.stops).each():
                 answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
                 guide = None if asked.schema is None else self.guide(asked.schema)
@@ -458,3 +463,14 @@ async def _gone(request: Request) -> None:
     """Returns when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def shared(
+    memory: int | None, model: Mllama, guard: Mllama | None, context: int, pictures: int
+) -> tuple[int | None, int | None]:
+    """Memory for the caches of a model and of its guard: each gets as much as its largest requests weigh."""
+    if memory is None or guard is None:
+        return memory, None
+    tiles = picture_tiles(model.model)
+    own, guards = row_bytes(model.model, context, tiles * pictures), row_bytes(guard.model, context, tiles)
+    return memory * own // (own + guards), memory * guards // (own + guards)

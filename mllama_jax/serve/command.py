@@ -101,6 +101,9 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
     shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(worker.leader.followers)}
     shown |= {"slots": args.slots, "context": worker.engine.context, "images": args.images, "queue": args.queue}
+    shown["fitting"] = [
+        {"slots": level.rows, "positions": level.positions, "tiles": level.tiles} for level in worker.engine.levels
+    ]
     shown |= {"image_hosts": args.image_host, "guard": args.guard, "keys": len(service.limits.keys)}
     print(json.dumps(shown), file=sys.stderr)
 
