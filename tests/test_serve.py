@@ -209,6 +209,11 @@ def test_nobody_waits_for_the_compiler(url: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         for lengths in (range(8), range(120, 480, 50), range(500, 1500, 120)):
             assert set(pool.map(complete, ([*beginning, *[6] * length] for length in lengths))) == {200}
+    for words, pictures in ((1, 1), (9, 1), (400, 1), (3, 2)):
+        shown = asked(question)[0]["content"][:1] * pictures
+        said = [{"role": "user", "content": shown}, {"role": "assistant", "content": "red " * words}]
+        status, told = post(url, "/look", {"messages": said})
+        assert (status, len(told["words"]), len(told["views"])) == (200, words, pictures)
     assert '"warming up"' in logs[url].read_text()
     assert compiled(url) == []
 

@@ -40,6 +40,7 @@ from mllama_jax.serve.guide import Guide, Vocabulary
 from mllama_jax.serve.hosts import FollowedEngine, Follower, Leader
 from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.keys import Keys
+from mllama_jax.serve.looking import Looking
 from mllama_jax.serve.metrics import Metrics
 from mllama_jax.serve.protocol import Asked
 from mllama_jax.serve.replies import Job, Replies, told_look
@@ -48,7 +49,6 @@ from mllama_jax.serve.worker import EngineFault, Piece, Worker
 log = logging.getLogger("mllama_jax.serve")
 
 PREPARING = 4  # requests whose pictures are prepared at once: a picture may take 400 MB
-SCORES = 2**29  # of all heads of a layer, that looking holds at once
 RETRY = {"Retry-After": "2"}
 POLICY = (  # of the page, which needs nothing from elsewhere
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
@@ -107,7 +107,8 @@ class Service:
         self.metrics = Metrics(self.worker)
         self.ready = False
         self._arriving = 0  # requests that are being prepared
-        self._looking = asyncio.Lock()  # one at a time, between steps of the engine
+        self.looking = Looking(model, engine.room(0), limits.pictures)
+        self._one_looks = asyncio.Lock()  # one at a time, between steps of the engine
         self._preparing = ThreadPoolExecutor(PREPARING)
 
     def start(self) -> None:
@@ -196,13 +197,11 @@ class Service:
             if not isinstance(answer, str):
                 raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
             prompt = await self._aside(self._prompt, asked.prompts[0], asked.tools)
-            most = self._looked_at_most(len(prompt.images))
-            if len(prompt.tokens) > most:
-                many = f"{len(prompt.images)} pictures" if len(prompt.images) > 1 else "a picture"
-                raise InputError(f"messages: at most {most} tokens with {many}, got {len(prompt.tokens)}")
+            self.looking.check(len(prompt.tokens), len(prompt.images))
             question = await self._aside(self.model.looking, conversation, answer, asked.tools)
-            async with self._looking:
-                attention = await asyncio.get_running_loop().run_in_executor(self._turns, self._attend, question.rows)
+            rows = self.looking.padded(question.rows)
+            async with self._one_looks:
+                attention = await asyncio.get_running_loop().run_in_executor(self._turns, self._attend, rows)
             found = await self._aside(question.answered, attention)
         return JSONResponse(told_look(found))
 
@@ -211,27 +210,26 @@ class Service:
             self.worker.leader.tell_attention(rows)
             return self.model.attention(rows)
 
-    def _looked_at_most(self, pictures: int) -> int:
-        """How many tokens' attention to so many pictures has room."""
-        text, vision = self.model.config.text, self.model.config.vision
-        seen = 0 if vision is None else pictures * vision.max_tiles * vision.padded_tokens
-        return min(self.worker.engine.room(0), SCORES // (text.heads * max(seen, 1)))
+    def warming(self) -> Iterator[tuple[int, int]]:
+        """Compile and run all that may be asked for, in every process alike; gives how many of how many steps of this
+        are done."""
+        for worker in self._workers():
+            yield from warm_up(worker.engine)
+        yield from self.looking.warm_up()
 
     async def warm_up(self, told: Callable[[int, int], None]) -> None:
-        """Compile all that the engines will run, and be ready; `told` hears how many of how many steps are done."""
-        loop = asyncio.get_running_loop()
-        for worker in self._workers():
-            steps = warm_up(worker.engine)
-            try:
-                while (step := await loop.run_in_executor(self._turns, next, steps, None)) is not None:
-                    told(*step)
-            except JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                raise InputError(
-                    "programs and their caches do not fit into memory beside the weights; lower --slots, --context or "
-                    "--images"
-                ) from None
+        """Go through `warming`, of which `told` hears, and be ready."""
+        loop, steps = asyncio.get_running_loop(), self.warming()
+        try:
+            while (step := await loop.run_in_executor(self._turns, next, steps, None)) is not None:
+                told(*step)
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                "programs and their caches do not fit into memory beside the weights; lower --slots, --context or "
+                "--images"
+            ) from None
         if self.guard is not None:  # a model that gives no verdict is no guard
             await self.guard.judge([{"role": "user", "content": "Hello!"}])
         self.ready = True

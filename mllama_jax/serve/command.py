@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
     if not_first():
-        service.follower().run()
+        service.follower().run(service.warming())
     else:
         _lead(service, args)
 
