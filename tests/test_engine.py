@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, engine, levels, requests, slots
+from mllama_jax.generate import decode, engine, levels, requests, scheduler, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
@@ -80,7 +80,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (engine, "STEPS", 4),
         (engine, "CHUNKS", 2),
-        (engine, "WORTH_A_COPY", 8),
+        (scheduler, "WORTH_A_COPY", 8),
         (levels, "CHUNK", 16),
         (levels, "LEAST", 64),
     ):
@@ -165,7 +165,7 @@ def test_every_schedule_gives_what_each_gets_alone(
         for case, own in live.values():
             check(case, own.answer)
             finished += 1
-    assert not any(slot.request for slot in served.slots)
+    assert not any(slot.request for slot in served.scheduler.slots)
     assert min(finished / 2, cancelled, failed) > SCHEDULES / 30
 
 
@@ -312,14 +312,14 @@ def test_many_pictures_let_the_others_go_on(
     tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two blocks of the others no more than PICTURES are encoded."""
-    monkeypatch.setattr(engine, "PICTURES", 2)
+    monkeypatch.setattr(scheduler, "PICTURES", 2)
     served = Engine(tiny.model, tiny.params, slots=6, context=256)
     first = ask(tiny, [512, 1, 2], new=40)
     serve_once(served, first)
     for i in range(5):
         served.submit(ask(tiny, [512, IMAGE, i], picture(i)))
     counts = []
-    while served.waiting:
+    while served.scheduler.waiting:
         before = len(encoded), len(first.answer.tokens)
         serve_once(served)
         counts.append((len(encoded) - before[0], len(first.answer.tokens) - before[1]))
@@ -402,7 +402,7 @@ def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
 
     def held() -> int:
-        return sum(x.nbytes for x in jax.tree.leaves(served._caches))
+        return sum(x.nbytes for x in jax.tree.leaves(served.runner.caches))
 
     serve(served, ask(tiny, [512, 1]))
     text = held()

@@ -22,11 +22,10 @@ from mllama_jax.generate.levels import Level, Need, choose, free_memory, levels_
 from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
-from mllama_jax.serve import app
-from mllama_jax.serve.app import Limits, Service
+from mllama_jax.serve import service as serving
+from mllama_jax.serve.service import Limits, Service
 from mllama_jax.serve.throughput import listening
-from tests.served import metric, post
-from tests.test_serve import asked
+from tests.served import asked, metric, post
 
 Draw = Callable[..., Image.Image]
 
@@ -64,10 +63,10 @@ def test_what_fits_is_a_level(model: Mllama) -> None:
 def test_a_row_takes_as_much_as_is_reckoned(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, 32)
     served = Engine(model.model, model.params, slots=3, context=512, pictures=(1, 4))
-    assert len(served.levels) == 4
-    for level in served.levels:
-        served._begin_anew(level)
-        held = sum(x.nbytes for x in jax.tree.leaves(served._caches))
+    assert len(served.scheduler.levels) == 4
+    for level in served.scheduler.levels:
+        served.scheduler.begin_anew(level)
+        held = sum(x.nbytes for x in jax.tree.leaves(served.runner.caches))
         assert held == 3 * row_bytes(model.model, level.positions, level.tiles)
 
 
@@ -135,14 +134,14 @@ def test_large_requests_wait_and_whoever_came_later_waits_behind_them(
     together, rows = 0, set()
     while served.busy:
         list(served.step())
-        active = [slot for slot in sorted(served.slots, key=lambda slot: slot.used) if slot.request]
+        active = [slot for slot in sorted(served.scheduler.slots, key=lambda slot: slot.used) if slot.request]
         came += [slot.request for slot in active if slot.request and slot.request not in came]
         together = max(together, len(active))
-        rows.add(len(served.slots))
+        rows.add(len(served.scheduler.slots))
     assert came == requests
     assert together == 6
     assert {1, 6} <= rows
-    assert served._clock > len(requests)  # some had to give way and come again
+    assert served.scheduler._clock > len(requests)  # some had to give way and come again
     rows_of = [(each.prompt.tokens, each.prompt.images) for each in requests]
     alone = model.generate_tokens(*zip(*rows_of, strict=True), max_new_tokens=200, stop_ids=())
     for each, expected in zip(requests, alone, strict=True):
@@ -163,9 +162,9 @@ def test_a_server_holds_what_fits(
     """Of six slots six are used by short requests at once; of long ones there is one at a time, and those that are long
     and show much are refused. Nothing is compiled for all that."""
     shrink(monkeypatch, 32)
-    monkeypatch.setattr(app, "free_memory", lambda: 2 * row_bytes(model.model, 512, 14))
+    monkeypatch.setattr(serving, "free_memory", lambda: 2 * row_bytes(model.model, 512, 14))
     service = Service(model, "it", slots=6, context=500, limits=Limits(pictures=4))
-    fitting = [(level.rows, level.positions, level.tiles) for level in service.worker.engine.levels]
+    fitting = [(level.rows, level.positions, level.tiles) for level in service.worker.engine.scheduler.levels]
     assert fitting == [(6, 128, 4), (3, 128, 16), (1, 512, 4)]
     asyncio.run(service.warm_up(lambda *_: None))
     assert (compiled := compilations()) > 10

@@ -42,6 +42,11 @@ class Level:
     tiles: int
     together: int
 
+    def reads(self) -> list[tuple[int, int]]:
+        """How many prompts, and tokens of each, are read at once, in all that is read."""
+        together = [(self.together, size) for size in sizes() if is_short(size)] if self.together > 1 else []
+        return [(1, size) for size in sizes()] + together
+
     def holds(self, needs: Iterable[Need]) -> bool:
         needs = list(needs)
         enough = (need.positions <= self.positions and need.tiles <= self.tiles for need in needs)
@@ -119,3 +124,8 @@ def free_memory() -> int | None:
 def sizes() -> list[int]:
     """How many tokens of a prompt a program may take."""
     return ladder(CHUNK // 4, CHUNK)
+
+
+def is_short(size: int) -> bool:
+    """Whether prompts of so many tokens are read together."""
+    return TOGETHER * size <= 2 * CHUNK
