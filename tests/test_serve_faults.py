@@ -189,7 +189,8 @@ def test_connections_that_drip_are_cut(model: Mllama, monkeypatch: pytest.Monkey
 
 def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
     status, told = post(url, "/v1/completions", {"prompt": [5] * CONTEXT})
-    assert (status, told["error"]["message"][:19]) == (400, f"{CONTEXT} prompt tokens ")
+    assert status == 400
+    assert told["error"]["message"].startswith(f"{CONTEXT} prompt tokens ")
     assert post(url, "/v1/completions", {"prompt": [5] * (CONTEXT - 1), "max_tokens": 1})[0] == 200
 
 
