@@ -249,7 +249,7 @@ def step(
 ) -> tuple[State, Made]:
     """Read each row's token and choose the next."""
     x, cache = call(model, params, "__call__", state.token[:, None], state.position[:, None], state.cache, cross)
-    position = jnp.minimum(state.position + ~state.done, cache[0].length - 1)  # who is done attends to no more
+    position = jnp.minimum(state.position + 1, cache[0].length - 1)  # a row that is done stays inside
     logits = call(model, params, "logits", x[:, 0])
     return choose(logits, dataclasses.replace(state, cache=cache, position=position), settings, top)
 

@@ -188,10 +188,10 @@ class Engine:
             return None
         requests: list[Request | None] = [None] * len(slots)
         spans = np.zeros((len(slots), tiles, 2), np.int32)
+        # Idle rows write at the last position, which nobody ever sees.
+        position = np.full(len(slots), self.runner.level.positions - 1, np.int32)
         for slot, request in rows:
-            requests[slot.row], spans[slot.row] = request, slot.spans(tiles)
-        # Idle rows write behind what they hold, where nobody sees it before it is written anew, and attend to no more.
-        position = np.array([len(slot.marks) for slot in slots], np.int32)
+            requests[slot.row], spans[slot.row], position[slot.row] = request, slot.spans(tiles), len(slot.marks)
         return Block(rows, self.runner.decode(requests, spans, position, self._steps(rows)))
 
     def _may_go_on(self, block: Block) -> bool:
