@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mllama_jax.config import VisionConfig
 from mllama_jax.generate.batch import Rows
-from mllama_jax.processing.image import choose_canvas, fit
+from mllama_jax.processing.image import choose_canvas, fit, tiles_of
 from mllama_jax.processing.tokenizer import TextStream, Tokenizer
 
 PANEL = 224  # pixels of a panel's longer side
@@ -90,7 +89,7 @@ class Question:
         of_words = np.stack([attention[places].mean(axis=0) for _, places in self.words])  # W M N
         views, start = [], 0
         for image in self.pictures:
-            shown = math.prod(choose_canvas(image.height, image.width, self.vision.tile, self.vision.max_tiles))
+            shown = tiles_of(image, self.vision)
             views.append(view(of_words[:, start : start + shown], image, self.vision))
             start += shown
         return Look([word for word, _ in self.words], views)

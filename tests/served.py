@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import os
 import re
@@ -16,9 +18,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
+
+from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
 logs: dict[str, Path] = {}  # what the server at a URL said
+HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
 
 
 @contextmanager
@@ -72,3 +78,24 @@ def metric(url: str, name: str) -> float:
     connection.close()
     (value,) = re.findall(rf"^{name} (\S+)$", text, re.M)
     return float(value)
+
+
+def data_url(image: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def asked(question: list[dict[str, Any]]) -> list[Any]:
+    """One of our conversations as OpenAI's messages."""
+
+    def part(each: dict[str, Any]) -> dict[str, Any]:
+        if each["type"] == "text":
+            return each
+        return {"type": "image_url", "image_url": {"url": data_url(each["image"])}}
+
+    return [{**message, "content": [part(each) for each in message["content"]]} for message in question]
+
+
+def questions(n: int) -> list[list[dict[str, Any]]]:
+    return [conversation(example)[:1] for family in FAMILIES for example in held_out(family, n)]

@@ -18,8 +18,8 @@ import openai
 from PIL import Image
 
 from mllama_jax import Mllama
+from tests.served import asked
 from tests.test_processes import children, free_port
-from tests.test_serve import asked
 
 Server = tuple[list[subprocess.Popen[str]], str]  # its processes and its URL
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,9 @@ from mllama_jax.cli import SHIPPED
 from mllama_jax.errors import InputError
 from mllama_jax.generate import decode, slots
 from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.engine import WORTH_A_COPY, Engine
+from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
+from mllama_jax.generate.scheduler import WORTH_A_COPY
 from mllama_jax.model.attention import attention, xla
 from mllama_jax.model.cache import KVCache
 from mllama_jax.model.quantize import Int8
@@ -124,7 +125,7 @@ def test_slots_share_what_they_have_read(tiny: Mllama, picture: Draw, monkeypatc
     tokens, images = zip(*asked, strict=True)
     assert [answer.tokens for answer in answers] == tiny.generate_tokens(tokens, images, max_new_tokens=40, stop_ids=())
     assert copied
-    assert serving.counts["image_cache_hits"] >= 2
+    assert serving.scheduler.counts["image_cache_hits"] >= 2
 
 
 def test_they_take_half_the_memory() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, engine, requests, slots
+from mllama_jax.generate import decode, engine, levels, requests, scheduler, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
@@ -77,8 +77,14 @@ def cases(tiny: Mllama) -> list[Case]:
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short blocks and chunks, so that much happens between them."""
-    for name, value in (("STEPS", 4), ("CHUNK", 16), ("CHUNKS", 2), ("LEAST", 64), ("WORTH_A_COPY", 8)):
-        monkeypatch.setattr(engine, name, value)
+    for module, name, value in (
+        (engine, "STEPS", 4),
+        (engine, "CHUNKS", 2),
+        (scheduler, "WORTH_A_COPY", 8),
+        (levels, "CHUNK", 16),
+        (levels, "LEAST", 64),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 def request(model: Mllama, case: Case) -> Request:
@@ -115,7 +121,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> random.Random:
 
     for module, names in (
         (decode, ("encode", "keys_values", "decode", "on_host")),
-        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "longer")),
+        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "moved")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, fails(getattr(module, name)))
@@ -123,9 +129,13 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> random.Random:
 
 
 @pytest.mark.usefixtures("brisk")
-def test_every_schedule_gives_what_each_gets_alone(tiny: Mllama, cases: list[Case], faulty: random.Random) -> None:
+@pytest.mark.parametrize("memory", [None, "for one at the largest level"])
+def test_every_schedule_gives_what_each_gets_alone(
+    tiny: Mllama, cases: list[Case], faulty: random.Random, memory: str | None
+) -> None:
     """Random arrivals, cancellations and failing programs; slots keep what earlier schedules left."""
-    served = Engine(tiny.model, tiny.params, slots=3, context=256)
+    room = 2 * levels.row_bytes(tiny.model, 256, 16) if memory else None
+    served = Engine(tiny.model, tiny.params, slots=3, context=256, memory=room)
     prepared = [request(tiny, case) for case in cases]
     finished = cancelled = failed = 0
     for schedule in range(SCHEDULES):
@@ -155,7 +165,7 @@ def test_every_schedule_gives_what_each_gets_alone(tiny: Mllama, cases: list[Cas
         for case, own in live.values():
             check(case, own.answer)
             finished += 1
-    assert not any(slot.request for slot in served.slots)
+    assert not any(slot.request for slot in served.scheduler.slots)
     assert min(finished / 2, cancelled, failed) > SCHEDULES / 30
 
 
@@ -190,7 +200,7 @@ def test_a_follower_runs_the_same_programs(
 
     for module, names in (
         (decode, ("encode", "keys_values", "decode")),
-        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "longer")),
+        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "moved")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
@@ -302,14 +312,14 @@ def test_many_pictures_let_the_others_go_on(
     tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two blocks of the others no more than PICTURES are encoded."""
-    monkeypatch.setattr(engine, "PICTURES", 2)
+    monkeypatch.setattr(scheduler, "PICTURES", 2)
     served = Engine(tiny.model, tiny.params, slots=6, context=256)
     first = ask(tiny, [512, 1, 2], new=40)
     serve_once(served, first)
     for i in range(5):
         served.submit(ask(tiny, [512, IMAGE, i], picture(i)))
     counts = []
-    while served.waiting:
+    while served.scheduler.waiting:
         before = len(encoded), len(first.answer.tokens)
         serve_once(served)
         counts.append((len(encoded) - before[0], len(first.answer.tokens) - before[1]))
@@ -371,7 +381,7 @@ def test_a_long_prompt_lets_the_others_go_on(tiny: Mllama) -> None:
         before = len(short.answer.tokens)
         list(served.step())
         made.append(len(short.answer.tokens) - before)
-    reads = -(-161 // (engine.CHUNK * engine.CHUNKS))
+    reads = -(-161 // (levels.CHUNK * engine.CHUNKS))
     assert made == [engine.HURRY, 0] * reads
 
 
@@ -392,7 +402,7 @@ def test_memory_follows_use(tiny: Mllama, picture: Draw) -> None:
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
 
     def held() -> int:
-        return sum(x.nbytes for x in jax.tree.leaves(served._caches))
+        return sum(x.nbytes for x in jax.tree.leaves(served.runner.caches))
 
     serve(served, ask(tiny, [512, 1]))
     text = held()

@@ -16,7 +16,8 @@ from mllama_jax import Mllama, cli
 from mllama_jax.errors import InputError
 from mllama_jax.processing.guard import CATEGORIES, NoVerdict, Verdict, guard_prompts, read_verdict
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.serve.app import Limits, Service
+from mllama_jax.serve.app import App
+from mllama_jax.serve.service import Limits, Service
 from tests.steered import write_guard
 
 # What the chat template among the files of Llama-Guard-3-11B-Vision makes of its model card's example.
@@ -172,7 +173,7 @@ def client(guard: Mllama) -> Iterator[TestClient]:
     service = Service(guard, "it", slots=2, context=1024, limits=Limits(), guard=guard)
     service.start()
     service.ready = True
-    with TestClient(service.app()) as client:
+    with TestClient(App(service).starlette()) as client:
         yield client
     service.stop()
 

@@ -1,172 +1,84 @@
-"""Continuous batching: requests come and go between blocks of decode steps, each in a slot of the caches.
-
-Slots are the cache of what was read: a slot keeps it when its request is gone, and the next request that begins alike,
-pictures included, goes there, or copies it, and reads only the rest. So a picture that some slot holds is not encoded
-again, whoever shows it.
-"""
+"""Continuous batching: requests come and go between blocks of decode steps, each in a slot of the caches."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mllama_jax.config import MllamaConfig
-from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, slots
-from mllama_jax.generate.batch import fit, ladder
-from mllama_jax.generate.requests import Picture, Request, settings_of
-from mllama_jax.generate.sampling import Settings
-from mllama_jax.generate.slots import Caches, Layers, picture_tiles
+from mllama_jax.generate import decode, levels
+from mllama_jax.generate.batch import fit
+from mllama_jax.generate.requests import Request
+from mllama_jax.generate.runner import Pending, Runner
+from mllama_jax.generate.scheduler import Scheduler, Slot
 from mllama_jax.model.mllama import MllamaModel, Params
 
-CHUNK, CHUNKS = 512, 4  # tokens of a prompt read at once, and how many times as many between two dispatches
-TOGETHER = 8  # prompts read at once, where so many are no more tokens than two chunks
-PICTURES = 8  # encoded between two dispatches
+CHUNKS = 4  # times as many tokens of prompts as a chunk are read between two dispatches
 STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
-LEAST = 512  # positions of a slot at first
-WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
-
-
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """A row of the caches.
-
-    Attributes:
-        marks: what its self-attention cache holds, from position 0 on.
-        pictures: whose tiles its image cache holds, one behind the other.
-        request: who has it; None where it is free.
-        reading: whether the request is still being read.
-        used: when it was last given away.
-    """
-
-    row: int
-    marks: list[int | bytes] = dataclasses.field(default_factory=list)
-    pictures: list[Picture] = dataclasses.field(default_factory=list)
-    request: Request | None = None
-    reading: bool = False
-    used: int = 0
-
-    def place_of(self, digest: bytes) -> int | None:
-        """The tile at which a picture begins; None where it is not here."""
-        first = 0
-        for picture in self.pictures:
-            if picture.digest == digest:
-                return first
-            first += picture.tiles
-        return None
-
-    def spans(self, width: int) -> np.ndarray:
-        """int32 [width, 2], the text positions that see each tile; (0, 0) for none."""
-        spans = np.zeros((width, 2), np.int32)
-        if self.request is not None:
-            tiles = [picture.tiles for picture in self.request.pictures]
-            spans[: sum(tiles)] = np.repeat(np.reshape(self.request.spans, (-1, 2)), tiles, axis=0)
-        return spans
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """New tokens on their way from the device.
-
-    Attributes:
-        rows: who gets them.
-        state, settings, spans, top: what the next block goes on from; the caches are the engine's.
-        made, columns: the tokens, and how many a row got.
-    """
+    """New tokens on their way from the device, and who gets them."""
 
     rows: list[tuple[Slot, Request]]
-    state: decode.State
-    settings: Settings
-    spans: jax.Array
-    top: int
-    made: decode.Made
-    columns: jax.Array
+    pending: Pending
 
 
 class Engine:
     """Serves requests in turn, as many at once as there are slots. All of its work happens in `step`.
 
-    Its memory grows with the longest request and the most pictures of one, up to `context` positions and so many
-    pictures a slot, in few steps: each takes programs of its own, all of which `warm_up` compiles.
+    Its memory follows the longest request and the most pictures of one in few levels: each takes programs of its own,
+    all of which `warm_up` compiles.
 
     Args:
+        slots: how many requests are answered at once, where they fit.
+        context: positions of a request at most, its answer included.
         pictures: how many a slot has room for at first and at most.
+        memory: bytes that each device has for the caches; None for as many as they take.
 
     Attributes:
-        lengths, widths: how many positions, and tiles, a slot may have room for, in rising order.
-        counts: of admitted requests: prompt tokens (`prefix_cache_queries`) and how many of them a slot had read
-            (`prefix_cache_hits`), pictures and how many of them some slot held (`image_cache_...`).
+        runner: runs its programs.
+        scheduler: knows who has a slot, and who waits for one.
     """
 
     def __init__(
-        self, model: MllamaModel, params: Params, *, slots: int, context: int, pictures: tuple[int, int] = (0, 16)
+        self,
+        model: MllamaModel,
+        params: Params,
+        *,
+        slots: int,
+        context: int,
+        pictures: tuple[int, int] = (0, 16),
+        memory: int | None = None,
     ):
-        self.model, self.params, self.context = model, params, min(context, model.config.text.context)
-        (first, self.pictures), tiles = pictures, picture_tiles(model)
-        self.lengths = ladder(LEAST, self.context + CHUNK)
-        self.widths = ladder(tiles, tiles * self.pictures) if tiles * self.pictures else []
-        if not (first and self.widths):
-            self.widths = [0, *self.widths]
-        self.waiting: deque[Request] = deque()
-        self.slots = [Slot(row) for row in range(slots)]
-        self.counts: Counter[str] = Counter()
-        self._caches: Caches | None = None
-        self._clock = 0
+        context = min(context, model.config.text.context)
+        found = levels.levels_of(model, rows=slots, context=context, pictures=pictures, memory=memory)
+        self.runner = Runner(model, params, found[0])
+        self.scheduler = Scheduler(self.runner, found, context=context, pictures=pictures[1], ahead=2 * STEPS)
         self._has_read = False  # rather than decoded, in the last step
         self._under_way: Block | None = None
-        self._dispatcher = ThreadPoolExecutor(1, "dispatch")
 
     @property
     def config(self) -> MllamaConfig:
-        return self.model.config
+        return self.runner.model.config
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting) or any(slot.request for slot in self.slots)
-
-    def check(self, request: Request) -> None:
-        """Raises InputError where a request cannot fit a slot."""
-        prompt, new = len(request.marks), request.answer.params.max_new_tokens
-        if prompt + new > self.context:
-            raise InputError(
-                f"{prompt} prompt tokens and {new} new ones exceed the {self.context} positions of a slot; shorten the "
-                "prompt or max_new_tokens"
-            )
-        if len(request.pictures) > self.pictures:
-            raise InputError(f"{len(request.pictures)} pictures exceed the {self.pictures} of a slot; show fewer")
+        return bool(self.scheduler.waiting or self.scheduler.active())
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises InputError where it cannot fit a slot."""
-        self.check(request)
-        self.waiting.append(request)
+        """Queue a request. Raises InputError where it can never have a slot."""
+        self.scheduler.check(request)
+        self.scheduler.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it is; its slot is free at once."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        for slot in self.slots:
-            if slot.request is request:
-                slot.request, slot.reading = None, False
-
-    def newest(self) -> Request | None:
-        """The request that was given a slot last, of those that have one; else the first that waits."""
-        active = [slot for slot in self.slots if slot.request is not None]
-        if active:
-            return max(active, key=lambda slot: slot.used).request
-        return self.waiting[0] if self.waiting else None
-
-    def fullness(self) -> float:
-        """The share of the slots' positions, `context` each, that hold something."""
-        return sum(len(slot.marks) for slot in self.slots) / (len(self.slots) * self.context)
+        self.scheduler.cancel(request)
 
     def step(self) -> Iterator[tuple[Request, str]]:
         """Admit who waits and read, or decode a block, in turn where there is both; gives who got which new text.
@@ -174,106 +86,34 @@ class Engine:
         A request is finished when its answer has a `finish_reason`. Where this is left by an exception, what the slots
         held is lost, and the next call reads it again.
         """
-        if self._caches is None:
-            self._begin_anew()
-        decoding = any(slot.request and not slot.reading for slot in self.slots)
+        if self.runner.caches is None:
+            self._under_way = None
+            self.scheduler.begin_anew()
+        decoding = any(slot.request and not slot.reading for slot in self.scheduler.slots)
         if self._under_way is None and not (self._has_read and decoding):
-            self._admit()
-            self._has_read = any(slot.reading for slot in self.slots)
+            self.scheduler.admit()
+            self._has_read = any(slot.reading for slot in self.scheduler.slots)
             if self._has_read:
                 yield from self._read()
                 return
         self._has_read = False
         yield from self._decode()
 
-    # ---- Admission --------------------------------------------------------------------------------------------------
-
-    def _begin_anew(self) -> None:
-        """Empty caches; who had a slot waits in front, and goes on where the answer was."""
-        self._under_way = None
-        active = [slot for slot in self.slots if slot.request is not None]
-        self.waiting.extendleft(slot.request for slot in sorted(active, key=lambda slot: -slot.used) if slot.request)
-        self.slots = [Slot(row) for row in range(len(self.slots))]
-        self._caches = slots.empty(self.model, slots=len(self.slots), length=self.lengths[0], tiles=self.widths[0])
-
-    def _admit(self) -> None:
-        """Give free slots to those who wait, first come, first served, as far as their pictures can be encoded."""
-        admitted, missing = 0, {}
-        free = sum(slot.request is None for slot in self.slots)
-        for request in itertools.islice(self.waiting, free):
-            new = {p.digest: p for p in request.pictures if self._holder(p.digest) is None}
-            if admitted and len(missing | new) > PICTURES:
-                break
-            admitted, missing = admitted + 1, missing | new
-        encoded = {digest: self._encode(picture) for digest, picture in missing.items()}
-        for _ in range(admitted):
-            self._place(self.waiting[0], encoded)
-            self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
-
-    def _holder(self, digest: bytes) -> tuple[Slot, int] | None:
-        """A slot, and the tile in it, where a picture's keys and values begin."""
-        places = ((slot, slot.place_of(digest)) for slot in self.slots)
-        return next(((slot, tile) for slot, tile in places if tile is not None), None)
-
-    def _encode(self, picture: Picture) -> Layers:
-        """Keys and values of a picture. Several at once would gain little, and the first would wait for all pixels."""
-        features = decode.encode(self.model, self.params, picture.pixels, picture.ratio_id)
-        tiles = np.arange(picture_tiles(self.model), dtype=np.int32)[None]
-        nobody = np.zeros((*tiles.shape, 2), np.int32)
-        return decode.keys_values(self.model, self.params, features, tiles, nobody).layers
-
-    def _place(self, request: Request, encoded: dict[bytes, Layers]) -> None:
-        """Give a request the slot that serves it best, and bring its pictures there."""
-        wanted = [*request.marks, *request.answer.tokens][:-1]  # the last token is read for what it foretells
-
-        def known(slot: Slot) -> int:
-            return common(wanted, slot.marks)
-
-        free = [slot for slot in self.slots if slot.request is None]
-        slot, best = max(free, key=lambda slot: (known(slot), -slot.used)), max(self.slots, key=known)
-        if known(best) >= known(slot) + WORTH_A_COPY:
-            slot = min(free, key=lambda slot: slot.used)
-            self._change(slots.copy_row, best.row, slot.row)
-            slot.marks, slot.pictures = list(best.marks), list(best.pictures)
-        slot.marks = slot.marks[: known(slot)]
-        held = sum(self._holder(picture.digest) is not None for picture in request.pictures)
-        self.counts.update(prefix_cache_queries=len(request.marks), prefix_cache_hits=len(slot.marks))
-        self.counts.update(image_cache_queries=len(request.pictures), image_cache_hits=held)
-        there = sum(isinstance(mark, bytes) for mark in slot.marks)
-        pieces = [encoded.get(p.digest) or self._take(p) for p in request.pictures[there:]]  # before any is overwritten
-        slot.pictures = slot.pictures[:there]
-        for picture, piece in zip(request.pictures[there:], pieces, strict=True):
-            first = sum(each.tiles for each in slot.pictures)
-            self._make_room(tiles=first + picture.tiles)
-            self._put(piece, slot.row, first)
-            slot.pictures.append(picture)
-        self._clock += 1
-        slot.request, slot.reading, slot.used = request, True, self._clock
-
-    def _put(self, piece: Layers, row: int, first: int) -> None:
-        self._change(functools.partial(slots.put_tiles, self.model), piece, row, first)
-
-    def _take(self, picture: Picture) -> Layers:
-        if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
-            return self._encode(picture)
-        slot, tile = held
-        assert self._caches is not None
-        return slots.take_tiles(self.model, self._caches, slot.row, tile)
-
-    # ---- Reading and decoding ---------------------------------------------------------------------------------------
+    # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def _read(self) -> list[tuple[Request, str]]:
         """Read prompts in turn, a chunk of each; whose prompt ends has its first token."""
-        reading = deque(sorted((slot for slot in self.slots if slot.reading), key=lambda slot: slot.used))
-        left, read = CHUNKS * CHUNK, []
+        reading = deque(sorted((slot for slot in self.scheduler.slots if slot.reading), key=lambda slot: slot.used))
+        left, read = CHUNKS * levels.CHUNK, []
         while reading and left > 0:
             group = self._together(reading)
             made, tokens = self._read_chunks(group)
             left -= tokens
-            read.append((made, [(row, slot) for row, slot in enumerate(group) if len(self._unread(slot)) <= CHUNK]))
-            for slot in group:
-                if slot.request and len(self._unread(slot)) > CHUNK:
-                    slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + CHUNK]
+            unread = [len(self._unread(slot)) for slot in group]
+            read.append((made, [(row, slot) for row, slot in enumerate(group) if unread[row] <= levels.CHUNK]))
+            for slot, left_of_it in zip(group, unread, strict=True):
+                if slot.request and left_of_it > levels.CHUNK:
+                    slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + levels.CHUNK]
                     reading.append(slot)
         found = []
         for made, ended in read:  # on the device the next is under way
@@ -287,136 +127,97 @@ class Engine:
     def _unread(self, slot: Slot) -> list[int]:
         """What a slot has yet to read."""
         assert slot.request is not None
-        return [*slot.request.prompt.tokens, *slot.request.answer.tokens][len(slot.marks) :]
+        return slot.request.tokens[len(slot.marks) :]
 
     def _size(self, slot: Slot) -> int:
         """How many tokens a program that reads the next chunk of a slot takes."""
-        return fit(len(self._unread(slot)[:CHUNK]), sizes())
+        return fit(len(self._unread(slot)[: levels.CHUNK]), levels.sizes())
 
     def _together(self, reading: deque[Slot]) -> list[Slot]:
         """Take who is to read next, and as many of those behind as can read at once with it."""
         group, longest = [], 0
-        while reading and len(group) < TOGETHER:
+        while reading and len(group) < self.runner.level.together:
             longest = max(longest, self._size(reading[0]))
-            if group and TOGETHER * longest > 2 * CHUNK:
+            if group and not levels.is_short(longest):
                 break
             group.append(reading.popleft())
         return group
 
     def _read_chunks(self, group: Sequence[Slot]) -> tuple[decode.Made, int]:
         """Let slots read a chunk each: what follows each, on the device, and how many tokens went through the model."""
-        length = max(map(self._size, group))
-        size = 1 if len(group) == 1 else TOGETHER  # one or all, for few programs
+        level, length = self.runner.level, max(map(self._size, group))
+        size = 1 if len(group) == 1 else level.together  # one or all, for few programs
         padded = [*group, *[group[0]] * (size - len(group))]
         requests = [slot.request for slot in padded if slot.request]
         tokens = np.full((size, length), self.config.pad, np.int32)
         starts, ends = np.zeros((2, size), np.int32)
-        for row, slot in enumerate(padded):
-            new = self._unread(slot)[:CHUNK]
-            tokens[row, : len(new)], starts[row], ends[row] = new, len(slot.marks), len(new) - 1
-        self._make_room(positions=int(starts.max()) + length)
-        settings, counts, top = settings_of(self.config, requests)
-        spans = np.stack([slot.spans(self._tiles) for slot in padded])
-        rows = np.array([slot.row for slot in padded], np.int32)
-        made = np.array([len(each.answer.tokens) for each in requests], np.int32)
-        caches, self._caches = self._caches, None
-        assert caches is not None
-        self._caches, logits = slots.read(self.model, self.params, caches, spans, rows, tokens, starts, ends)
-        return slots.follow(logits, settings, made, counts, top=top), size * length
+        for row, (slot, request) in enumerate(zip(padded, requests, strict=True)):
+            end = min(len(slot.marks) + levels.CHUNK, len(request.tokens))
+            start = min(len(slot.marks), level.positions - length)  # what would end behind the cache, earlier
+            new = request.tokens[start:end]
+            tokens[row, : len(new)], starts[row], ends[row] = new, start, len(new) - 1
+        spans = np.stack([slot.spans(level.tiles) for slot in padded])
+        made = self.runner.read(requests, spans, [slot.row for slot in padded], tokens, starts, ends)
+        return made, size * length
+
+    # ---- Decoding ---------------------------------------------------------------------------------------------------
 
     def _decode(self) -> Iterator[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read; when it comes the next is under way."""
         block, self._under_way = self._under_way or self._begin(), None
         if block is None:
             return
-        following = self._go_on(block) if self._may_go_on(block) else None
+        following = self.runner.go_on(block.pending, self._steps(block.rows)) if self._may_go_on(block) else None
         known = False
         try:
-            made, columns = decode.on_host(block.made), int(block.columns)
+            made, columns = decode.on_host(block.pending.made), int(block.pending.columns)
             rows = [(slot, request) for slot, request in block.rows if slot.request is request]  # but who was cancelled
             texts = [self._push(slot, made, slot.row, columns) for slot, _ in rows]
             known = True
             yield from ((request, text) for (_, request), text in zip(rows, texts, strict=True))
         finally:
-            after = following.result() if following is not None else None
+            after = Block(block.rows, following.result()) if following is not None else None
             self._under_way = after if known else None  # what follows a block that was lost is lost too
 
     def _begin(self) -> Block | None:
         """Decode from where the answers are; None where there are none."""
-        rows = [(slot, slot.request) for slot in self.slots if slot.request and not slot.reading]
+        self.scheduler.make_room()
+        slots, tiles = self.scheduler.slots, self.runner.level.tiles
+        rows = [(slot, slot.request) for slot in slots if slot.request and not slot.reading]
         if not rows:
             return None
-        self._make_room(positions=max(len(slot.marks) for slot, _ in rows) + 2 * STEPS + 1)
-        n, caches = len(self.slots), self._caches
-        assert caches is not None
-        token, made = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        requests: list[Request | None] = [None] * len(slots)
+        spans = np.zeros((len(slots), tiles, 2), np.int32)
         # Idle rows write at the last position, which nobody ever sees.
-        position, done = np.full(n, caches.text[0].length - 1, np.int32), np.ones(n, bool)
-        spans = np.zeros((n, self._tiles, 2), np.int32)
-        requests: list[Request | None] = [None] * n
+        position = np.full(len(slots), self.runner.level.positions - 1, np.int32)
         for slot, request in rows:
-            answer, i = request.answer, slot.row
-            token[i], made[i], position[i], done[i] = answer.tokens[-1], len(answer.tokens), len(slot.marks), False
-            spans[i] = slot.spans(self._tiles)
-            requests[i] = request
-        settings, counts, top = settings_of(self.config, requests)
-        state = self.state(token, position, made, done, counts)
-        return self._dispatch(rows, state, settings, jax.device_put(spans), top).result()
-
-    def state(self, *columns: np.ndarray | jax.Array | None) -> decode.State:
-        """Of a token, its position, ... a row; where a block leaves it, lest the first take a program of its own."""
-        place = jax.tree.leaves(self.params)[0].sharding
-        mesh = place.mesh if isinstance(place, NamedSharding) and place.is_fully_addressable else None
-        whole = mesh and NamedSharding(mesh, PartitionSpec())
-        token, position, made, done, counts = jax.device_put(columns, whole)
-        return decode.State((), token, position, made, done, counts)
+            requests[slot.row], spans[slot.row], position[slot.row] = request, slot.spans(tiles), len(slot.marks)
+        return Block(rows, self.runner.decode(requests, spans, position, self._steps(rows)))
 
     def _may_go_on(self, block: Block) -> bool:
         """Whether the next block can begin before this one is known, and keeps nobody waiting."""
         if self._hurried or any(request.guide for _, request in block.rows):
             return False
-        if not block.columns.is_fully_addressable:
+        if self.scheduler.level_with() is not self.runner.level:
+            return False
+        if not block.pending.columns.is_fully_addressable:
             return False  # to gather a block from several processes is itself a program, behind the next block
         return any(
             request.answer.params.max_new_tokens > len(request.answer.tokens) + STEPS for _, request in block.rows
         )
 
-    def _go_on(self, block: Block) -> Future[Block]:
-        """Decode from where a block ends, on the device."""
-        self._make_room(positions=max(len(slot.marks) for slot, _ in block.rows) + 2 * STEPS + 1)
-        return self._dispatch(block.rows, block.state, block.settings, block.spans, block.top)
-
-    def _dispatch(
-        self, rows: list[tuple[Slot, Request]], state: decode.State, settings: Settings, spans: jax.Array, top: int
-    ) -> Future[Block]:
-        """Decode in the thread for that: a GPU asks its host before each step whether there is another, so that a
-        dispatch lasts as long as the block. Nobody else touches the caches until it is done."""
-        caches, self._caches = self._caches, None
-        assert caches is not None
-        steps = HURRY if self._hurried else STEPS
+    def _steps(self, rows: Sequence[tuple[Slot, Request]]) -> int:
+        """Of the next dispatch."""
         if any(request.guide for _, request in rows):
-            steps = 1
-
-        def run() -> Block:
-            after, made, columns = decode.decode(
-                self.model,
-                self.params,
-                dataclasses.replace(state, cache=caches.text),
-                caches.cross(spans, slots.tile_tokens(self.model)),
-                settings,
-                steps=steps,
-                top=top,
-            )
-            self._caches = dataclasses.replace(caches, text=after.cache)
-            return Block(rows, dataclasses.replace(after, cache=()), settings, spans, top, made, columns)
-
-        return self._dispatcher.submit(run)
+            return 1
+        return HURRY if self._hurried else STEPS
 
     @property
     def _hurried(self) -> bool:
         """Whether someone waits only for the others to let it read."""
-        free = any(slot.request is None for slot in self.slots)
-        return any(slot.reading for slot in self.slots) or (free and bool(self.waiting))
+        waiting = self.scheduler.waiting
+        fits = bool(waiting) and self.scheduler.level_with(waiting[0]) is not None
+        return fits or any(slot.reading for slot in self.scheduler.slots)
 
     def _push(self, slot: Slot, made: decode.Made, row: int, columns: int) -> str:
         """Give an answer its new tokens; all but the last of them are in the cache."""
@@ -431,42 +232,3 @@ class Engine:
         if request.answer.finish_reason:
             slot.request = None
         return text
-
-    # ---- Memory -----------------------------------------------------------------------------------------------------
-
-    def _change(self, program: Callable[..., Caches], *args: Any) -> None:
-        """Run a program that takes the caches and gives them back."""
-        caches, self._caches = self._caches, None
-        self._caches = program(caches, *args)
-
-    def _make_room(self, *, positions: int = 0, tiles: int = 0) -> None:
-        """Let every slot hold so many positions and tiles."""
-        assert self._caches is not None
-        text, own, tile = self._caches.text[0].length, self._tiles, slots.tile_length(self.model)
-        if positions > text - 1 or tiles > own:
-            layers, self._caches = {"cache": [*self._caches.text], "image_seq": [*self._caches.tiles]}, None
-            wanted = {"cache": positions + 1, "image_seq": tiles * tile}  # a slot's last position is for idle rows
-            steps = {"cache": self.lengths, "image_seq": [width * tile for width in self.widths]}
-            for axis, own_layers in layers.items():
-                for i, layer in enumerate(own_layers):  # one after the other, so that no two whole caches exist
-                    for length in steps[axis]:
-                        if layer.length < min(length, wanted[axis]):
-                            own_layers[i] = layer = slots.longer(self.model, layer, length=length, axis=axis)
-            self._caches = Caches(tuple(layers["cache"]), tuple(layers["image_seq"]))
-
-    @property
-    def _tiles(self) -> int:
-        """Tiles that every slot has room for."""
-        if self._caches is None or not self._caches.tiles:
-            return 0
-        return self._caches.tiles[0].length // slots.tile_length(self.model)
-
-
-def sizes() -> list[int]:
-    """How many tokens of a prompt a program may take."""
-    return ladder(CHUNK // 4, CHUNK)
-
-
-def common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:
-    """How many tokens two sequences have in common from their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -75,6 +75,16 @@ class Request:
     spans: list[tuple[int, int]]
     guide: Guide | None = None
 
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt's and the answer's."""
+        return [*self.prompt.tokens, *self.answer.tokens]
+
+    @property
+    def tiles(self) -> int:
+        """Of all pictures."""
+        return sum(picture.tiles for picture in self.pictures)
+
     @classmethod
     def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer, guide: Guide | None = None) -> Request:
         """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""

@@ -1,4 +1,4 @@
-"""The compiled programs of the engine: one row of caches that many requests share, read into, copied, lengthened.
+"""The compiled programs of the engine: one row of caches that many requests share, read into, copied, moved.
 
 Caches are donated wherever they change.
 """
@@ -132,13 +132,16 @@ def put_tiles(model: MllamaModel, caches: Caches, tiles: Layers, row: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length", "axis"))
-def longer(model: MllamaModel, layer: KVCache, *, length: int, axis: str) -> KVCache:
-    """A layer's keys and values with room for `length` positions; `axis` is what these are called on a mesh."""
+def moved(model: MllamaModel, layer: KVCache, rows: jax.Array, *, length: int, axis: str) -> KVCache:
+    """A layer's keys and values of `rows` int [R] with room for `length` positions, the first of those that were
+    there; `axis` is what these are called on a mesh."""
 
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))[: x.ndim])
+    def move(x: jax.Array) -> jax.Array:
+        x = x[:, :, :length]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))[: x.ndim])
+        return x.at[rows].get(mode="clip")
 
-    return jax.tree.map(pad, layer).placed(model.constrain, axis)
+    return jax.tree.map(move, layer).placed(model.constrain, axis)
 
 
 def tile_tokens(model: MllamaModel) -> int:

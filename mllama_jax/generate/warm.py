@@ -1,7 +1,7 @@
 """Every program that an engine runs in its life, compiled before anyone waits for it.
 
-There are few, for what they work on has few sizes: caches have the engine's `lengths` and `widths`, prompts are read in
-chunks of a few sizes, alone or together, and settings are of two kinds.
+There are few, for what they work on has few sizes: caches are at one of the engine's levels, prompts are read in chunks
+of a few sizes, alone or together, and settings are of two kinds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mllama_jax.config import VisionConfig
 from mllama_jax.generate import decode, engine, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.levels import Level, Need, choose
 from mllama_jax.generate.requests import Picture, Request, settings_of
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.model.vision import TILES
@@ -34,12 +35,12 @@ def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
     The engine must be idle, and is empty thereafter. Its caches are at their largest for a while, so that what does not
     fit is known now.
     """
-    levels = [*itertools.product(reversed(served.lengths), reversed(served.widths))]
-    programs = sum(len(KINDS) + sum(1 for _ in _reads(served, length)) for length, _ in levels)
+    levels = served.scheduler.levels
+    programs = sum(len(KINDS) + len(level.reads()) for level in levels)
     steps, done = programs + len(levels), itertools.count(1)
     compilers = ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1))
     try:  # JAX keeps what was compiled for calls with such arguments
-        lowered = itertools.chain.from_iterable(_lowered(served, *level) for level in levels)
+        lowered = itertools.chain.from_iterable(_lowered(served, level) for level in reversed(levels))
         compiled = []
         for each in lowered:
             compiled.append(compilers.submit(each.compile))
@@ -49,56 +50,52 @@ def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
             yield next(done), steps
     finally:
         compilers.shutdown(cancel_futures=True)
-    for level in reversed(levels):
-        _rehearse(served, *level)
+    for level in levels:
+        _rehearse(served, level)
         yield next(done), steps
-    served._begin_anew()
-    served.counts.clear()
+    served.scheduler.begin_anew()
+    served.scheduler.counts.clear()
 
 
-def _lowered(served: Engine, length: int, width: int) -> Iterator[jax.stages.Lowered]:
-    """The programs on caches of a size that take long to compile."""
-    model, params, n = served.model, served.params, len(served.slots)
-    caches = slots.empty(model, slots=n, length=length, tiles=width)
+def _lowered(served: Engine, level: Level) -> Iterator[jax.stages.Lowered]:
+    """The programs at a level that take long to compile."""
+    model, params, n, width = served.runner.model, served.runner.params, level.rows, level.tiles
+    caches = slots.empty(model, slots=n, length=level.positions, tiles=width)
 
     def ints(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
-    for rows, size in _reads(served, length):
+    for rows, size in level.reads():
         places = ints(rows, width, 2), ints(rows)
         yield slots.read.lower(model, params, caches, *places, ints(rows, size), ints(rows), ints(rows))
     for kind in KINDS:
         settings, counts, top = settings_of(served.config, [_request(served, 0, 1, kind)] * n)
-        state = served.state(ints(n), ints(n), ints(n), np.ones(n, bool), counts)
+        state = served.runner.state(ints(n), ints(n), ints(n), np.ones(n, bool), counts)
         state = dataclasses.replace(state, cache=caches.text)
         cross = caches.cross(jax.device_put(ints(n, width, 2)), slots.tile_tokens(model))
         yield decode.decode.lower(model, params, state, cross, settings, steps=engine.STEPS, top=top)
 
 
-def _reads(served: Engine, length: int) -> Iterator[tuple[int, int]]:
-    """How many prompts, and tokens of each, are read at once into slots of a length."""
-    for size in engine.sizes():
-        if size < length:
-            yield 1, size
-            if len(served.slots) > 1 and engine.TOGETHER * size <= 2 * engine.CHUNK:
-                yield engine.TOGETHER, size
-
-
-def _rehearse(served: Engine, length: int, width: int) -> None:
-    """Run all that is run on caches of a size."""
-    served._begin_anew()
-    served._make_room(positions=length - 1, tiles=width)
-    served._change(slots.copy_row, 0, 0)
-    if width and (vision := served.config.vision) is not None:
-        served._put(served._encode(_picture(vision)), 0, 0)
-        served._put(slots.take_tiles(served.model, served._caches, 0, 0), 0, 0)
+def _rehearse(served: Engine, level: Level) -> None:
+    """Run all that is run at a level, and whatever leads from there to others."""
+    runner, scheduler = served.runner, served.scheduler
+    scheduler.begin_anew(level)
+    runner.copy(0, 0)
+    if level.tiles and (vision := served.config.vision) is not None:
+        runner.put(runner.encode(_picture(vision)), 0, 0)
+        runner.put(runner.take(0, 0), 0, 0)
     numbers = itertools.count()
-    for kind, (rows, size) in itertools.product(KINDS, _reads(served, length)):
+    for kind, (rows, size) in itertools.product(KINDS, level.reads()):
         for _ in range(min(rows, 2)):
-            served.submit(_request(served, next(numbers), size, kind))
+            served.submit(_request(served, next(numbers), min(size, level.positions - kind.max_new_tokens), kind))
         while served.busy:
             for _ in served.step():
                 pass
+    for other in scheduler.levels:
+        largest = [Need(other.positions, other.tiles)] * other.rows
+        if other is not level and choose(scheduler.levels, level, largest) is other:
+            scheduler.begin_anew(level)
+            scheduler.move(other)
 
 
 def _picture(vision: VisionConfig) -> Picture:
@@ -108,5 +105,5 @@ def _picture(vision: VisionConfig) -> Picture:
 
 def _request(served: Engine, number: int, size: int, kind: SamplingParams) -> Request:
     """Of so many tokens, if there is room, which begin unlike those of the numbers before."""
-    tokens = [number % served.config.text.vocab] * min(size, served.context - kind.max_new_tokens)
+    tokens = [number % served.config.text.vocab] * min(size, served.scheduler.room(0) - kind.max_new_tokens)
     return Request.prepared(served.config, Prompt(tokens, []), Answer(kind, (), None), [], None)

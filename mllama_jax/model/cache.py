@@ -30,6 +30,11 @@ class KVCache:
     axes: ClassVar[tuple[str, ...]] = ("batch", "kv_heads", "cache", "head_dim")
 
     @property
+    def rows(self) -> int:
+        """B."""
+        return self.k.shape[0]
+
+    @property
     def length(self) -> int:
         """S, for how many positions there is room."""
         return self.k.shape[2]

@@ -152,6 +152,11 @@ def choose_canvas(height: int, width: int, tile: int, max_tiles: int) -> tuple[i
     return min((grid for grid, scale in zip(grids, scales, strict=True) if scale == best), key=math.prod)
 
 
+def tiles_of(image: Image.Image, vision: VisionConfig) -> int:
+    """Into how many tiles a picture is cut."""
+    return math.prod(choose_canvas(image.height, image.width, vision.tile, vision.max_tiles))
+
+
 def fit(height: int, width: int, canvas_height: int, canvas_width: int, tile: int) -> tuple[int, int]:
     """The size (height, width) a picture is resized to: undistorted, within its canvas, enlarged to a tile at most."""
     target_height = min(max(height, tile), canvas_height)

@@ -3,73 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
-import numpy as np
-from jax.errors import JaxRuntimeError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
-from mllama_jax.generate import requests
-from mllama_jax.generate.answer import Answer
-from mllama_jax.generate.batch import Rows
-from mllama_jax.generate.engine import Engine
-from mllama_jax.generate.warm import warm_up
-from mllama_jax.processes import leaving, versions
-from mllama_jax.processing.chat import Prompt
-from mllama_jax.processing.guard import SAFE, NoVerdict, Verdict
+from mllama_jax.processes import versions
+from mllama_jax.processing.guard import NoVerdict
 from mllama_jax.serve import protocol
-from mllama_jax.serve.guard import Guard, as_conversation
-from mllama_jax.serve.guide import Guide, Vocabulary
-from mllama_jax.serve.hosts import FollowedEngine, Follower, Leader
-from mllama_jax.serve.images import read_picture
 from mllama_jax.serve.keys import Keys
-from mllama_jax.serve.metrics import Metrics
 from mllama_jax.serve.protocol import Asked
 from mllama_jax.serve.replies import Job, Replies, told_look
-from mllama_jax.serve.worker import EngineFault, Piece, Worker
+from mllama_jax.serve.service import Service
+from mllama_jax.serve.worker import EngineFault
 
 log = logging.getLogger("mllama_jax.serve")
 
-PREPARING = 4  # requests whose pictures are prepared at once: a picture may take 400 MB
-SCORES = 2**29  # of all heads of a layer, that looking holds at once
 RETRY = {"Retry-After": "2"}
 POLICY = (  # of the page, which needs nothing from elsewhere
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a server takes.
-
-    Attributes:
-        queue: requests that may wait for a slot.
-        pictures: of a request.
-        body: bytes of a request, which must come within `seconds`.
-        hosts: from which pictures may be fetched.
-        keys: one of which a request must bear, if there are any.
-    """
-
-    queue: int = 256
-    pictures: int = 4
-    body: int = 32 * 2**20
-    seconds: float = 30.0
-    hosts: frozenset[str] = frozenset()
-    keys: tuple[str, ...] = ()
 
 
 class Refused(Exception):
@@ -82,60 +44,15 @@ class Refused(Exception):
         self.response = JSONResponse(protocol.fault(message, kind, code), status, headers)
 
 
-class Service:
-    """A model, its engine, and the requests that it answers; a Llama Guard in front if there is one."""
+class App:
+    """Answers requests from a service."""
 
-    def __init__(
-        self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits, guard: Mllama | None = None
-    ):
-        self.guard: Guard | None = None
-        if model.tokenizer is None:
-            raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
-        self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
-        self.replies = Replies(name, model.tokenizer)
-        self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
-        pictures = min(limits.pictures, 1), limits.pictures
-        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=pictures)
-        self.worker = Worker(engine, turns)
-        if guard is not None:
-            self.guard = Guard(guard, slots=slots, context=engine.context, turns=turns, aside=self._aside)
-        self.metrics = Metrics(self.worker)
-        self.ready = False
+    def __init__(self, service: Service):
+        self.service, self.limits, self.scheduler = service, service.limits, service.worker.engine.scheduler
+        self.replies = Replies(service.name, service.tokenizer)
         self._arriving = 0  # requests that are being prepared
-        self._looking = asyncio.Lock()  # one at a time, between steps of the engine
-        self._preparing = ThreadPoolExecutor(PREPARING)
 
-    def start(self) -> None:
-        for worker in self._workers():
-            worker.start()
-
-    def stop(self) -> None:
-        """End the engines after the steps that they are in, and the other processes."""
-        for worker in self._workers():
-            worker.stop()
-        self.worker.leader.end()
-
-    def lead(self, leader: Leader) -> None:
-        """Tell other processes what to do."""
-        for worker in self._workers():
-            worker.leader = leader
-
-    def give_up(self, why: str) -> None:
-        """Tell everyone who waits that there will be no answer."""
-        for worker in self._workers():
-            worker.give_up(why)
-
-    def follower(self) -> Follower:
-        """What does the same in another process."""
-        engines = [FollowedEngine(self.worker.engine, self.tokenizer, self.guide)]
-        if self.guard is not None:
-            engines.append(FollowedEngine(self.guard.worker.engine, self.guard.model.tokenizer, self.guide))
-        return Follower(engines, self.model.attention)
-
-    def _workers(self) -> list[Worker]:
-        return [self.worker] if self.guard is None else [self.worker, self.guard.worker]
-
-    def app(self) -> Starlette:
+    def starlette(self) -> Starlette:
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
@@ -162,94 +79,50 @@ class Service:
         return JSONResponse({"status": "alive"})
 
     async def readiness(self, request: Request) -> Response:
-        return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
+        return JSONResponse({"ready": self.service.ready}, 200 if self.service.ready else 503)
 
     async def tell_metrics(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": versions()["mllama-jax"], **versions()})
 
     async def models(self, request: Request) -> Response:
-        card = {"id": self.name, "object": "model", "created": 0, "owned_by": "mllama-jax"}
-        return JSONResponse({"object": "list", "data": [card | {"max_model_len": self.worker.engine.context}]})
+        card = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "mllama-jax"}
+        return JSONResponse({"object": "list", "data": [card | {"max_model_len": self.scheduler.room(0)}]})
 
     async def tokenize(self, body: dict[str, Any], request: Request) -> Response:
         if "messages" in body:
-            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+            asked = await self.service.aside(protocol.chat_request, body, self.service.name, self.service.picture)
         else:
-            asked = protocol.text_request(body, self.name)
-        tokens = (await self._aside(self._prompt, asked.prompts[0], asked.tools)).tokens
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.worker.engine.context})
+            asked = protocol.text_request(body, self.service.name)
+        tokens = (await self.service.aside(self.service.prompt, asked.prompts[0], asked.tools)).tokens
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.scheduler.room(0)})
 
     async def look(self, body: dict[str, Any], request: Request) -> Response:
         """Where the words of the answer with which a conversation ends look on its pictures."""
         with self._arrival():
-            asked = await self._aside(protocol.chat_request, body, self.name, self._picture)
+            asked = await self.service.aside(protocol.chat_request, body, self.service.name, self.service.picture)
             *conversation, last = asked.prompts[0] or [{}]
             answer = last.get("content") if last.get("role") == "assistant" else None
             if not isinstance(answer, str):
                 raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
-            prompt = await self._aside(self._prompt, asked.prompts[0], asked.tools)
-            most = self._looked_at_most(len(prompt.images))
-            if len(prompt.tokens) > most:
-                many = f"{len(prompt.images)} pictures" if len(prompt.images) > 1 else "a picture"
-                raise InputError(f"messages: at most {most} tokens with {many}, got {len(prompt.tokens)}")
-            question = await self._aside(self.model.looking, conversation, answer, asked.tools)
-            async with self._looking:
-                attention = await asyncio.get_running_loop().run_in_executor(self._turns, self._attend, question.rows)
-            found = await self._aside(question.answered, attention)
-        return JSONResponse(told_look(found))
-
-    def _attend(self, rows: Rows) -> np.ndarray:
-        with leaving():  # the others would wait for what failed here
-            self.worker.leader.tell_attention(rows)
-            return self.model.attention(rows)
-
-    def _looked_at_most(self, pictures: int) -> int:
-        """How many tokens' attention to so many pictures has room."""
-        text, vision = self.model.config.text, self.model.config.vision
-        seen = 0 if vision is None else pictures * vision.max_tiles * vision.padded_tokens
-        return min(self.worker.engine.context, SCORES // (text.heads * max(seen, 1)))
-
-    async def warm_up(self, told: Callable[[int, int], None]) -> None:
-        """Compile all that the engines will run, and be ready; `told` hears how many of how many steps are done."""
-        loop = asyncio.get_running_loop()
-        for worker in self._workers():
-            steps = warm_up(worker.engine)
-            try:
-                while (step := await loop.run_in_executor(self._turns, next, steps, None)) is not None:
-                    told(*step)
-            except JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                have = f"{len(self.worker.engine.slots)} slots of {self.worker.engine.context} positions"
-                raise InputError(
-                    f"{have} and {self.limits.pictures} pictures do not fit into memory beside the weights; lower "
-                    "--slots, --context or --images"
-                ) from None
-        if self.guard is not None:  # a model that gives no verdict is no guard
-            await self.guard.judge([{"role": "user", "content": "Hello!"}])
-        self.ready = True
-
-    async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
-        """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""
-        asked = Asked([conversation], settings, None, False, False, False)
-        async for _, piece in self._pieces(await self._aside(self._jobs, asked, time.monotonic())):
-            yield piece
+            prompt = await self.service.aside(self.service.prompt, asked.prompts[0], asked.tools)
+            self.service.looking.check(len(prompt.tokens), len(prompt.images))
+            return JSONResponse(told_look(await self.service.look(conversation, answer, asked.tools)))
 
     # ---- Completions ------------------------------------------------------------------------------------------------
 
     async def chat(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
-            asked, jobs = await self._aside(self._read_chat, body, time.monotonic())
+            asked, jobs = await self.service.aside(self.service.read_chat, body, time.monotonic())
             await self._take(asked, jobs, "messages")
         return await self._respond(asked, jobs, request, "chat.completion")
 
     async def complete(self, body: dict[str, Any], request: Request) -> Response:
         with self._arrival():
-            asked = protocol.text_request(body, self.name)
-            jobs = await self._aside(self._jobs, asked, time.monotonic())
+            asked = protocol.text_request(body, self.service.name)
+            jobs = await self.service.aside(self.service.jobs, asked, time.monotonic())
             await self._take(asked, jobs, "prompt")
         return await self._respond(asked, jobs, request, "text_completion")
 
@@ -264,22 +137,22 @@ class Service:
             self._arriving -= 1
 
     def _admit(self, more: int) -> None:
-        if self.worker.open + self._arriving + more > len(self.worker.engine.slots) + self.limits.queue:
+        if self.service.worker.open + self._arriving + more > self.scheduler.levels[0].rows + self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
     async def _take(self, asked: Asked, jobs: list[Job], field: str) -> None:
         """Refuses what does not fit, and what the guard refuses."""
         self._admit(len(jobs) - 1)
         for job in jobs:
-            self.worker.engine.check(job.request)
+            self.scheduler.check(job.request)
         for prompt in asked.prompts:
-            verdict = await self._judge(prompt)
+            verdict = await self.service.judge(prompt)
             if not verdict.safe:
                 raise Refused(400, f"{field}: judged {verdict}", code="content_filter")
 
     async def _respond(self, asked: Asked, jobs: list[Job], request: Request, kind: str) -> Response:
         if asked.stream:
-            events = self.replies.stream(asked, jobs, kind, self._judged(jobs))
+            events = self.replies.stream(asked, jobs, kind, self.service.judged(jobs))
             return StreamingResponse(events, media_type="text/event-stream")
         whole = asyncio.ensure_future(self._whole(jobs))
         gone = asyncio.ensure_future(_gone(request))
@@ -293,104 +166,9 @@ class Service:
             gone.cancel()
         return JSONResponse(self.replies.whole(asked, jobs, kind))
 
-    def _prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
-        if isinstance(prompt, str):
-            return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
-        if prompt and isinstance(prompt[0], int):
-            return Prompt(list(prompt), [])
-        return self.model.prompt(prompt, tools)
-
-    def _read_chat(self, body: dict[str, Any], began: float) -> tuple[Asked, list[Job]]:
-        """All in one go: in stages, the first of many requests would be ready when the last has come as far."""
-        asked = protocol.chat_request(body, self.name, self._picture)
-        return asked, self._jobs(asked, began)
-
-    def _jobs(self, asked: Asked, began: float) -> list[Job]:
-        """The answers that are asked for, prepared as far as the engine is not needed."""
-        config, made = self.model.config, []
-        for asked_prompt in asked.prompts:
-            prompt = self._prompt(asked_prompt, asked.tools)
-            room = self.worker.engine.context - len(prompt.tokens)
-            for params in protocol.sampling(asked, room, config.stops).each():
-                answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
-                guide = None if asked.schema is None else self.guide(asked.schema)
-                made.append(Job(requests.Request.of(config, prompt, answer, guide), asked_prompt, began))
-        return made
-
-    async def _judge(self, prompt: Any, answer: str | None = None) -> Verdict:
-        """What the guard says of a prompt's last turn, or of the answer to it; safe where there is no guard."""
-        if self.guard is None:
-            return SAFE
-        conversation = as_conversation(prompt, self.tokenizer)
-        if answer is not None:
-            conversation = [*conversation, {"role": "assistant", "content": answer}]
-        verdict = await self.guard.judge(conversation)
-        self.metrics.verdicts.labels("safe" if verdict.safe else "unsafe").inc()
-        return verdict
-
     async def _whole(self, jobs: list[Job]) -> None:
-        async for _ in self._judged(jobs):
+        async for _ in self.service.judged(jobs):
             pass
-
-    async def _judged(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come; in the end each answer is judged."""
-        async for piece in self._pieces(jobs):
-            yield piece
-        for job in jobs:
-            job.verdict = await self._judge(job.prompt, job.answer.text)
-
-    async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come; left early, all are cancelled."""
-        heard: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-
-        async def follow(i: int, job: Job) -> None:
-            try:
-                async for piece in self.worker.answer(job.request):
-                    self._observe(job, piece)
-                    heard.put_nowait((i, piece))
-                self._finish(job)
-                heard.put_nowait(None)
-            except Exception as error:
-                heard.put_nowait(error)
-
-        tasks = [asyncio.ensure_future(follow(i, job)) for i, job in enumerate(jobs)]
-        try:
-            left = len(tasks)
-            while left:
-                found = await heard.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
-                    left -= 1
-                else:
-                    yield found
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _observe(self, job: Job, piece: Piece) -> None:
-        now = time.monotonic()
-        if job.last is None:
-            self.metrics.first.observe(now - job.began)
-        elif piece.end > job.seen:
-            self.metrics.between.observe((now - job.last) / (piece.end - job.seen))
-        job.last, job.seen = now, piece.end
-
-    def _finish(self, job: Job) -> None:
-        seconds = time.monotonic() - job.began
-        prompt, made = len(job.request.prompt.tokens), len(job.answer.tokens)
-        self.metrics.prompt_tokens.inc(prompt)
-        self.metrics.generation_tokens.inc(made)
-        self.metrics.finished.labels(job.answer.finish_reason).inc()
-        self.metrics.whole.observe(seconds)
-        told = {"event": "answered", "prompt_tokens": prompt, "completion_tokens": made}
-        told |= {
-            "pictures": len(job.request.pictures),
-            "reason": job.answer.finish_reason,
-            "seconds": round(seconds, 3),
-        }
-        log.info("%s", json.dumps(told))
 
     # ---- How --------------------------------------------------------------------------------------------------------
 
@@ -400,7 +178,7 @@ class Service:
         @functools.wraps(handler)
         async def route(request: Request) -> Response:
             try:
-                if not self.ready:
+                if not self.service.ready:
                     raise Refused(
                         503, "the server is not ready or going down; try again later", "server_error", **RETRY
                     )
@@ -418,7 +196,7 @@ class Service:
             except Exception:
                 log.exception("a request failed")
                 response = JSONResponse(protocol.fault("the server failed on this request", "server_error"), 500)
-            self.metrics.responses.labels(response.status_code).inc()
+            self.service.metrics.responses.labels(response.status_code).inc()
             return response
 
         return route
@@ -437,21 +215,6 @@ class Service:
         except TimeoutError:
             raise Refused(408, f"body: did not come within {self.limits.seconds:.0f} s") from None
         return bytes(body)
-
-    def guide(self, schema: dict[str, Any]) -> Guide:
-        """What holds an answer to a schema; InputError where it is none."""
-        return self._vocabulary.guide(schema)
-
-    @functools.cached_property
-    def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer, self.model.config.text.vocab, self.model.config.stops)
-
-    def _picture(self, url: str) -> Any:
-        return read_picture(url, self.limits.hosts)
-
-    async def _aside(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Do what takes time outside of the event loop, few at once."""
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
 
 
 async def _gone(request: Request) -> None:

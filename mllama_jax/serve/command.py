@@ -20,7 +20,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.processes import before_leaving
 
 if TYPE_CHECKING:
-    from mllama_jax.serve.app import Service
+    from mllama_jax.serve.service import Service
 
 KEYS = "MLLAMA_API_KEYS"  # in the environment, separated by commas
 EVERY = 5  # seconds between what is told of the warm-up
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         import uvicorn  # noqa: F401  used below, missed here: before the model is loaded
 
-        from mllama_jax.serve.app import Limits, Service
+        from mllama_jax.serve.service import Limits, Service
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mllama-jax[serve]'") from None
     from mllama_jax.cli import join, load_model, not_first
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(str(args.model).rstrip("/")).name
     service = Service(model, name, slots=args.slots, context=args.context, limits=limits, guard=guard)
     if not_first():
-        service.follower().run()
+        service.follower().run(service.warming())
     else:
         _lead(service, args)
 
@@ -94,13 +94,16 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
     """Answer clients."""
     import uvicorn
 
+    from mllama_jax.serve.app import App
     from mllama_jax.serve.hosts import Leader
 
-    listening, worker = listen(args.host, args.port), service.worker
+    listening, scheduler = listen(args.host, args.port), service.worker.engine.scheduler
     service.lead(Leader.of_all())
     shown = {"event": "starting", "url": "http://{}:{}".format(*listening.getsockname()[:2])}
-    shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(worker.leader.followers)}
-    shown |= {"slots": args.slots, "context": worker.engine.context, "images": args.images, "queue": args.queue}
+    shown |= {"model": service.name, "dtype": args.dtype, "processes": 1 + len(service.worker.leader.followers)}
+    shown |= {"slots": args.slots, "context": scheduler.room(0), "images": args.images, "queue": args.queue}
+    levels = scheduler.levels
+    shown["fitting"] = [{"slots": each.rows, "positions": each.positions, "tiles": each.tiles} for each in levels]
     shown |= {"image_hosts": args.image_host, "guard": args.guard, "keys": len(service.limits.keys)}
     print(json.dumps(shown), file=sys.stderr)
 
@@ -108,7 +111,7 @@ def _lead(service: Service, args: argparse.Namespace) -> None:
         def capture_signals(self) -> contextlib.nullcontext[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return contextlib.nullcontext()  # `serve` listens for them, and drains
 
-    asyncio.run(serve(service, Server(uvicorn.Config(service.app(), **HTTP)), listening))
+    asyncio.run(serve(service, Server(uvicorn.Config(App(service).starlette(), **HTTP)), listening))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -26,14 +26,21 @@ class Guard:
     """
 
     def __init__(
-        self, model: Mllama, *, slots: int, context: int, turns: Executor, aside: Callable[..., Awaitable[Any]]
+        self,
+        model: Mllama,
+        *,
+        slots: int,
+        context: int,
+        memory: int | None,
+        turns: Executor,
+        aside: Callable[..., Awaitable[Any]],
     ):
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; a guard needs one, add it")
         self.model, self.aside = model, aside
         (task,) = guard_prompts([{"role": "user", "content": ""}], model.tokenizer)
         context += len(task.tokens) + ANSWER
-        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=(1, 1))
+        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=(1, 1), memory=memory)
         self.worker = Worker(engine, turns, number=1)
 
     async def judge(self, conversation: list[Any]) -> Verdict:

@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -36,7 +36,6 @@ from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Guide, Picture, Request
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.generate.warm import warm_up
 from mllama_jax.processes import LOST, coordinator_host, leave, place, store
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.tokenizer import Tokenizer
@@ -187,8 +186,8 @@ class Follower:
     def __init__(self, engines: Sequence[FollowedEngine], attention: Callable[[Rows], Any]):
         self.engines, self.attention = engines, attention
 
-    def run(self) -> None:
-        """Follow until process 0 ends."""
+    def run(self, warming: Iterable[object]) -> None:
+        """Go through `warming` as process 0 does, and follow it until it ends."""
         port, secret = store().blocking_key_value_get(KEY, 1000 * DAY).split()
         try:
             peer = socket.create_connection((coordinator_host(), int(port)))
@@ -201,9 +200,8 @@ class Follower:
         leader = Connection(peer)
         for number in (signal.SIGTERM, signal.SIGINT):  # all end together, once open requests are answered
             signal.signal(number, lambda *_: leader.send(b""))
-        for each in self.engines:
-            for _ in warm_up(each.engine):
-                pass
+        for _ in warming:
+            pass
         while message := leader.receive():
             self.follow(message)
         if message is None:

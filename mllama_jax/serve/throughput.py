@@ -36,7 +36,7 @@ from mllama_jax.serve.measure import data_url, post
 if TYPE_CHECKING:
     from mllama_jax.config import MllamaConfig
     from mllama_jax.processing.tokenizer import Tokenizer
-    from mllama_jax.serve.app import Service
+    from mllama_jax.serve.service import Service
 
 ROWS, PROMPT, NEW = 32, 128, 128  # requests at once, tokens of a prompt, tokens of an answer
 
@@ -107,7 +107,7 @@ def run(config: MllamaConfig, name: str, rounds: int, told: Told) -> None:
     from mllama_jax.bench_model import Bench
     from mllama_jax.generate.decode import STEPS
     from mllama_jax.processing.chat import load_template
-    from mllama_jax.serve.app import Limits, Service
+    from mllama_jax.serve.service import Limits, Service
 
     bare = Bench.of(config, "bfloat16")
     job = bare.decode(ROWS, PROMPT + NEW, True)
@@ -257,9 +257,10 @@ def listening(service: Service) -> Iterator[int]:
     """The port of a server in a thread of this process."""
     import uvicorn
 
+    from mllama_jax.serve.app import App
     from mllama_jax.serve.command import HTTP, listen
 
-    server, place = uvicorn.Server(uvicorn.Config(service.app(), **HTTP)), listen("127.0.0.1", 0)
+    server, place = uvicorn.Server(uvicorn.Config(App(service).starlette(), **HTTP)), listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[place])))
     service.start()
     thread.start()

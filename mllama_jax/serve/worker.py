@@ -82,7 +82,7 @@ class Worker:
 
         Raises InputError where it cannot fit a slot, EngineFault where the engine failed on it.
         """
-        self.engine.check(request)
+        self.engine.scheduler.check(request)
         if self._lost:
             raise self._lost
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | EngineFault]()
@@ -138,7 +138,7 @@ class Worker:
     def _blame(self) -> None:
         """Give up the request that came last, so that those before it may go on."""
         self._in_a_row = 0
-        if (request := self.engine.newest()) is not None:
+        if (request := self.engine.scheduler.newest()) is not None:
             self._orders.appendleft(("cancel", request))
             if listen := self._listeners.get(request):
                 listen(EngineFault("the engine failed on this request"))

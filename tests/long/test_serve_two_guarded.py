@@ -12,10 +12,9 @@ import numpy as np
 
 import mllama_jax
 from mllama_jax.serve.replies import told_look
-from tests.served import post
+from tests.served import asked, post
 from tests.served_together import HELLO, conversations, serving
 from tests.steered import write_guard
-from tests.test_serve import asked
 
 
 def test_two_processes_judge_and_look_as_one(tiny_directory: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import mllama_jax
 from mllama_jax.serve import throughput
-from mllama_jax.serve.app import Limits, Service
+from mllama_jax.serve.service import Limits, Service
 
 
 def test_everything_is_measured_beside_its_name(tiny_directory: Path) -> None:

@@ -1,0 +1,287 @@
+"""What a server answers with: a model, its engine, a guard in front, and the answers in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jax.errors import JaxRuntimeError
+
+from mllama_jax.api import Mllama
+from mllama_jax.errors import InputError
+from mllama_jax.generate import requests
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.batch import Rows
+from mllama_jax.generate.engine import Engine
+from mllama_jax.generate.levels import free_memory, row_bytes
+from mllama_jax.generate.slots import picture_tiles
+from mllama_jax.generate.warm import warm_up
+from mllama_jax.look import Look
+from mllama_jax.processes import leaving
+from mllama_jax.processing.chat import Prompt
+from mllama_jax.processing.guard import SAFE, Verdict
+from mllama_jax.processing.image import tiles_of
+from mllama_jax.serve import protocol
+from mllama_jax.serve.guard import Guard, as_conversation
+from mllama_jax.serve.guide import Guide, Vocabulary
+from mllama_jax.serve.hosts import FollowedEngine, Follower, Leader
+from mllama_jax.serve.images import read_picture
+from mllama_jax.serve.looking import Looking
+from mllama_jax.serve.metrics import Metrics
+from mllama_jax.serve.protocol import Asked
+from mllama_jax.serve.replies import Job
+from mllama_jax.serve.worker import Piece, Worker
+
+log = logging.getLogger("mllama_jax.serve")
+
+PREPARING = 4  # requests whose pictures are prepared at once: a picture may take 400 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        queue: requests that may wait for a slot.
+        pictures: of a request.
+        body: bytes of a request, which must come within `seconds`.
+        hosts: from which pictures may be fetched.
+        keys: one of which a request must bear, if there are any.
+    """
+
+    queue: int = 256
+    pictures: int = 4
+    body: int = 32 * 2**20
+    seconds: float = 30.0
+    hosts: frozenset[str] = frozenset()
+    keys: tuple[str, ...] = ()
+
+
+class Service:
+    """A model, its engine, and the requests that it answers; a Llama Guard in front if there is one."""
+
+    def __init__(
+        self, model: Mllama, name: str, *, slots: int, context: int, limits: Limits, guard: Mllama | None = None
+    ):
+        self.guard: Guard | None = None
+        if model.tokenizer is None:
+            raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; serving needs one, add it")
+        self.model, self.name, self.limits, self.tokenizer = model, name, limits, model.tokenizer
+        self._turns = turns = ThreadPoolExecutor(1)  # of those who use the devices
+        pictures = min(limits.pictures, 1), limits.pictures
+        memory, guards = shared(free_memory(), model, guard, context, limits.pictures)
+        engine = Engine(model.model, model.params, slots=slots, context=context, pictures=pictures, memory=memory)
+        self.worker = Worker(engine, turns)
+        if guard is not None:
+            room = engine.scheduler.room(0)
+            self.guard = Guard(guard, slots=slots, context=room, memory=guards, turns=turns, aside=self.aside)
+        self.metrics = Metrics(self.worker)
+        self.ready = False
+        self.looking = Looking(model, engine.scheduler.room(0), limits.pictures)
+        self._one_looks = asyncio.Lock()  # one at a time, between steps of the engine
+        self._preparing = ThreadPoolExecutor(PREPARING)
+
+    def start(self) -> None:
+        for worker in self._workers():
+            worker.start()
+
+    def stop(self) -> None:
+        """End the engines after the steps that they are in, and the other processes."""
+        for worker in self._workers():
+            worker.stop()
+        self.worker.leader.end()
+
+    def lead(self, leader: Leader) -> None:
+        """Tell other processes what to do."""
+        for worker in self._workers():
+            worker.leader = leader
+
+    def give_up(self, why: str) -> None:
+        """Tell everyone who waits that there will be no answer."""
+        for worker in self._workers():
+            worker.give_up(why)
+
+    def follower(self) -> Follower:
+        """What does the same in another process."""
+        engines = [FollowedEngine(self.worker.engine, self.tokenizer, self.guide)]
+        if self.guard is not None:
+            engines.append(FollowedEngine(self.guard.worker.engine, self.guard.model.tokenizer, self.guide))
+        return Follower(engines, self.model.attention)
+
+    def _workers(self) -> list[Worker]:
+        return [self.worker] if self.guard is None else [self.worker, self.guard.worker]
+
+    def warming(self) -> Iterator[tuple[int, int]]:
+        """Compile and run all that may be asked for, in every process alike; gives how many of how many steps of this
+        are done."""
+        for worker in self._workers():
+            yield from warm_up(worker.engine)
+        yield from self.looking.warm_up()
+
+    async def warm_up(self, told: Callable[[int, int], None]) -> None:
+        """Go through `warming`, of which `told` hears, and be ready."""
+        loop, steps = asyncio.get_running_loop(), self.warming()
+        try:
+            while (step := await loop.run_in_executor(self._turns, next, steps, None)) is not None:
+                told(*step)
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                "programs and their caches do not fit into memory beside the weights; lower --slots, --context or "
+                "--images"
+            ) from None
+        if self.guard is not None:  # a model that gives no verdict is no guard
+            await self.guard.judge([{"role": "user", "content": "Hello!"}])
+        self.ready = True
+
+    async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
+        """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""
+        asked = Asked([conversation], settings, None, False, False, False)
+        async for _, piece in self._pieces(await self.aside(self.jobs, asked, time.monotonic())):
+            yield piece
+
+    async def look(self, conversation: list[Any], answer: str, tools: list[Any] | None) -> Look:
+        """Where an answer to a conversation looked on its pictures."""
+        question = await self.aside(self.model.looking, conversation, answer, tools)
+        rows = self.looking.padded(question.rows)
+        async with self._one_looks:
+            attention = await asyncio.get_running_loop().run_in_executor(self._turns, self._attend, rows)
+        return await self.aside(question.answered, attention)
+
+    def _attend(self, rows: Rows) -> np.ndarray:
+        with leaving():  # the others would wait for what failed here
+            self.worker.leader.tell_attention(rows)
+            return self.model.attention(rows)
+
+    # ---- Answers ----------------------------------------------------------------------------------------------------
+
+    def prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
+        if isinstance(prompt, str):
+            return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
+        if prompt and isinstance(prompt[0], int):
+            return Prompt(list(prompt), [])
+        return self.model.prompt(prompt, tools)
+
+    def read_chat(self, body: dict[str, Any], began: float) -> tuple[Asked, list[Job]]:
+        """All in one go: in stages, the first of many requests would be ready when the last has come as far."""
+        asked = protocol.chat_request(body, self.name, self.picture)
+        return asked, self.jobs(asked, began)
+
+    def jobs(self, asked: Asked, began: float) -> list[Job]:
+        """The answers that are asked for, prepared as far as the engine is not needed."""
+        config, made = self.model.config, []
+        for asked_prompt in asked.prompts:
+            prompt = self.prompt(asked_prompt, asked.tools)
+            tiles = sum(tiles_of(image, config.vision) for image in prompt.images if config.vision)
+            room = self.worker.engine.scheduler.room(tiles) - len(prompt.tokens)
+            for params in protocol.sampling(asked, room, config.stops).each():
+                answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
+                guide = None if asked.schema is None else self.guide(asked.schema)
+                made.append(Job(requests.Request.of(config, prompt, answer, guide), asked_prompt, began))
+        return made
+
+    async def judge(self, prompt: Any, answer: str | None = None) -> Verdict:
+        """What the guard says of a prompt's last turn, or of the answer to it; safe where there is no guard."""
+        if self.guard is None:
+            return SAFE
+        conversation = as_conversation(prompt, self.tokenizer)
+        if answer is not None:
+            conversation = [*conversation, {"role": "assistant", "content": answer}]
+        verdict = await self.guard.judge(conversation)
+        self.metrics.verdicts.labels("safe" if verdict.safe else "unsafe").inc()
+        return verdict
+
+    async def judged(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; in the end each answer is judged."""
+        async for piece in self._pieces(jobs):
+            yield piece
+        for job in jobs:
+            job.verdict = await self.judge(job.prompt, job.answer.text)
+
+    async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; left early, all are cancelled."""
+        heard: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+
+        async def follow(i: int, job: Job) -> None:
+            try:
+                async for piece in self.worker.answer(job.request):
+                    self._observe(job, piece)
+                    heard.put_nowait((i, piece))
+                self._finish(job)
+                heard.put_nowait(None)
+            except Exception as error:
+                heard.put_nowait(error)
+
+        tasks = [asyncio.ensure_future(follow(i, job)) for i, job in enumerate(jobs)]
+        try:
+            left = len(tasks)
+            while left:
+                found = await heard.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    left -= 1
+                else:
+                    yield found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _observe(self, job: Job, piece: Piece) -> None:
+        now = time.monotonic()
+        if job.last is None:
+            self.metrics.first.observe(now - job.began)
+        elif piece.end > job.seen:
+            self.metrics.between.observe((now - job.last) / (piece.end - job.seen))
+        job.last, job.seen = now, piece.end
+
+    def _finish(self, job: Job) -> None:
+        seconds = time.monotonic() - job.began
+        prompt, made = len(job.request.prompt.tokens), len(job.answer.tokens)
+        self.metrics.prompt_tokens.inc(prompt)
+        self.metrics.generation_tokens.inc(made)
+        self.metrics.finished.labels(job.answer.finish_reason).inc()
+        self.metrics.whole.observe(seconds)
+        told = {"event": "answered", "prompt_tokens": prompt, "completion_tokens": made}
+        told |= {
+            "pictures": len(job.request.pictures),
+            "reason": job.answer.finish_reason,
+            "seconds": round(seconds, 3),
+        }
+        log.info("%s", json.dumps(told))
+
+    def guide(self, schema: dict[str, Any]) -> Guide:
+        """What holds an answer to a schema; InputError where it is none."""
+        return self._vocabulary.guide(schema)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.model.config.text.vocab, self.model.config.stops)
+
+    def picture(self, url: str) -> Any:
+        return read_picture(url, self.limits.hosts)
+
+    async def aside(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do what takes time outside of the event loop, few at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
+
+
+def shared(
+    memory: int | None, model: Mllama, guard: Mllama | None, context: int, pictures: int
+) -> tuple[int | None, int | None]:
+    """Memory for the caches of a model and of its guard: each gets as much as its largest requests weigh."""
+    if memory is None or guard is None:
+        return memory, None
+    tiles = picture_tiles(model.model)
+    own, guards = row_bytes(model.model, context, tiles * pictures), row_bytes(guard.model, context, tiles)
+    return memory * own // (own + guards), memory * guards // (own + guards)
