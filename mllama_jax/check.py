@@ -26,7 +26,7 @@ from mllama_jax.model.attention import InSpan, UpTo, attention, attention_weight
 from mllama_jax.model.quantize import Int8
 from mllama_jax.processes import versions
 from mllama_jax.sharding.fit_table import shallow
-from mllama_jax.sharding.mesh import Topology, make_mesh, topology_of
+from mllama_jax.sharding.mesh import Topology, make_mesh, slices_of, topology_of
 from mllama_jax.sharding.programs import Programs, Workload
 from mllama_jax.sharding.roofline import expected_collectives, floor
 from mllama_jax.sharding.rules import mesh_axes, preset_rules
@@ -101,7 +101,7 @@ def pace() -> Pace:
 
 def timed(config: MllamaConfig, name: str, place: Topology | None) -> Pace:
     """The pace of a model's decode steps in bfloat16: eight rows or more of a thousand positions and a picture each."""
-    axes = mesh_axes("serve", config, jax.device_count())
+    axes = mesh_axes("serve", config, jax.device_count(), slices=slices_of(jax.devices()))
     programs = Programs(config, preset_rules("serve", config, make_mesh(axes, jax.devices())))
     load = Workload(8 * axes["data"], min(1024, config.text.context), 1)
     abstract = programs.decode_arguments(load)

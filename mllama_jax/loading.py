@@ -30,7 +30,7 @@ from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized, lay_o
 from mllama_jax.processes import agree
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
-from mllama_jax.sharding.mesh import make_mesh
+from mllama_jax.sharding.mesh import make_mesh, slices_of
 from mllama_jax.sharding.resolve import resolve
 from mllama_jax.sharding.rules import MeshAxes, Rules, mesh_axes, preset_rules
 
@@ -108,7 +108,8 @@ def preset_mesh(path: str | os.PathLike[str], preset: str = "serve", group: int 
     `group` devices share a row, as many as the preset says by default. Raises InputError.
     """
     config = read_config(open_checkpoint(path))
-    return make_mesh(mesh_axes(preset, config, jax.device_count(), group), jax.devices())
+    devices = jax.devices()
+    return make_mesh(mesh_axes(preset, config, len(devices), group, slices_of(devices)), devices)
 
 
 def _facts(config: MllamaConfig, settings: Mapping[str, object]) -> dict[str, str]:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         load,
         preset=args.preset or "serve",
         group=args.group,
-        quantize=args.quantize,
+        quantize=quantization_of(args.model, args.quantize),
         cache=args.cache,
         compiled=False if args.arithmetic else None,
     )
@@ -124,9 +124,25 @@ def config_of(model: str) -> MllamaConfig:
     return read_config(open_checkpoint(model))
 
 
+def quantization_of(model: str, wanted: str | None) -> str | None:
+    """What a model's kernels will be in: what is wanted, or what its checkpoint holds. Raises InputError."""
+    from mllama_jax.config import PRESETS
+    from mllama_jax.convert.sources import open_checkpoint
+
+    stored = None if model in PRESETS else open_checkpoint(model).quantized
+    if wanted and stored not in (None, wanted):
+        raise InputError(f"{model}: holds {stored} weights, which cannot become {wanted}; leave --quantize out")
+    return wanted or stored
+
+
 def text(model: str, plan: Plan) -> str:
     """The plan as lines for a terminal."""
+    from mllama_jax.sharding.compiler import has_compiler
+    from mllama_jax.sharding.mesh import topology
+
     asked = "the TPU's compiler" if plan.source == "compiler" else "arithmetic, nothing was compiled"
+    if topology(plan.topology).chip.platform == "tpu" and not has_compiler():
+        asked += ": libtpu is missing, pip install 'mllama-jax[plan]'"
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
         f"{model}, {plan.quantize or 'bfloat16'}, caches {plan.cache or 'bfloat16'}, on {plan.topology} "
@@ -144,7 +160,7 @@ def text(model: str, plan: Plan) -> str:
         f"  {'needed at most':<28}{plan.needed / GIB:9.2f}  of {plan.usable / GIB:.2f}: "
         + ("fits" if plan.fits else f"does not fit{f', {over / GIB:.2f} too many' if over > 0 else ''}"),
         f"  rows that fit: {plan.largest_slots}"
-        + (f"; the nearest slice that does: {plan.nearest}" if plan.nearest else ""),
+        + ("" if plan.fits else f"; the nearest slice that has room, by arithmetic: {plan.nearest or 'none'}"),
         "",
     ]
     if sent := plan.programs["decode"].collectives:

@@ -36,7 +36,10 @@ ADVICE = "start all of them with the same coordinator, each with its own number"
 LOST = 4  # the exit code of a process that left because another was lost
 GONE = "another process is gone"
 FAREWELL = 5.0  # seconds for what is to be done before a process leaves
-PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "llguidance")
+PACKAGES = (
+    *("mllama-jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy"),
+    *("orbax-checkpoint", "tokenizers", "llguidance"),
+)
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # that change programs
 
 _LOG = "MLLAMA_JAX_LOG"  # names the log of a process that has an attendant, in its environment
@@ -209,8 +212,10 @@ def attended() -> bool:
 def _check(coordinator: str | None, process: int | None, processes: int | None) -> None:
     if coordinator is None or process is None or processes is None:
         raise InputError("join takes coordinator, process and processes together, or none of them")
-    if not re.fullmatch(r".+:\d{1,5}", coordinator):
+    if not re.fullmatch(r".+:\d{1,5}", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
         raise InputError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if processes < 1:
+        raise InputError(f"processes must be at least 1, got {processes}")
     if not 0 <= process < processes:
         raise InputError(f"process must be 0 to {processes - 1} of {processes} processes, got {process}")
 

@@ -143,6 +143,11 @@ def topology_of(devices: Sequence[Any]) -> Topology | None:
     return None
 
 
+def slices_of(devices: Sequence[Any]) -> int:
+    """In how many slices devices lie."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
     """A mesh with these axes, in order, in which neighbours are neighbours on the wire.
 
@@ -154,7 +159,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
         raise InputError(
             f"mesh ({named}) takes {math.prod(shape)} devices, there are {len(devices)}; sizes must multiply to that"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slices_of(devices)
     if shape[0] % slices:
         first = next(iter(axes))
         raise InputError(f"mesh ({named}): {first} must be a multiple of the {slices} slices that it spans")

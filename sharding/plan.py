@@ -150,10 +150,7 @@ def programs_on(
     check_preset(preset)
     if preset == "evaluate" and group is None:
         group = _smallest_group(config, topology, quantize)
-    if preset in ("serve", "long-context") and group is None and topology.slices > 1:
-        one = mesh_axes(preset, config, topology.devices // topology.slices)
-        group = one["kv"] * one["q"]
-    axes = mesh_axes(preset, config, topology.devices, group)
+    axes = mesh_axes(preset, config, topology.devices, group, topology.slices)
     if abstract:
         types = (AxisType.Auto,) * len(axes)
         mesh: Mesh | AbstractMesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
@@ -224,6 +221,11 @@ def _planned(compiled: Compiled) -> ProgramPlan:
 
 
 def _estimate(programs: Programs, load: Workload) -> dict[str, ProgramPlan]:
+    if programs.rules.parts("embed") > 1:
+        raise InputError(
+            "what a decode step sends where every parameter is split, as fsdp does, the compiler alone can say; plan "
+            "a TPU slice with libtpu, take another preset, or --train"
+        )
     sent = tuple((c.kind, c.bytes, c.group, count) for c, count in expected_collectives(programs, load).items())
     return {
         name: ProgramPlan(size, 0, True, sent if name == "decode" else (), None)
@@ -233,7 +235,7 @@ def _estimate(programs: Programs, load: Workload) -> dict[str, ProgramPlan]:
 
 def _smallest_group(config: MllamaConfig, topology: Topology, quantize: str | None) -> int:
     """The smallest group of devices in which weights leave a quarter of the memory for the rest."""
-    most = mesh_axes("serve", config, topology.devices)
+    most = mesh_axes("serve", config, topology.devices, slices=topology.slices)
     groups = [n for n in range(1, most["kv"] * most["q"] + 1) if (most["kv"] * most["q"]) % n == 0]
     for group in groups:
         programs = programs_on(config, topology, "evaluate", group, quantize, abstract=True)

@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[str, MeshAxes]] = {
     # Caches also by position, over the devices that key/value heads cannot use; for few rows of very many tokens.
     # Over `data` as well XLA's partitioner gives wrong numbers (jax 0.10.2, mesh (2, 2, 2), positions over data and q).
     "long-context": _SERVE | {"queries": None, "cache": "q", "image_seq": "q"},
-    # Replicas, each of as few devices as hold the weights, that share out the rows.
+    # Replicas that share out the rows, each of one device if no larger group is asked for.
     "evaluate": _SERVE,
     # Training: every parameter over all devices, rows too.
     "fsdp": _FSDP,
@@ -131,28 +131,32 @@ PRESETS: dict[str, dict[str, MeshAxes]] = {
 }
 
 
-def mesh_axes(preset: str, config: MllamaConfig, devices: int, group: int | None = None) -> dict[str, int]:
-    """The sizes of a preset's mesh axes on so many devices.
+def mesh_axes(
+    preset: str, config: MllamaConfig, devices: int, group: int | None = None, slices: int = 1
+) -> dict[str, int]:
+    """The sizes of a preset's mesh axes on so many devices, of so many slices: no group spans two.
 
     Args:
         group: how many devices share one copy of the computation of a row; by default all that can for `serve` and
             `long-context`, one for `evaluate` and `fsdp`, and up to the square root of `devices` for `fsdp+tensor`.
 
     Raises:
-        InputError: the preset is unknown, or `group` does not divide the devices or the heads.
+        InputError: the preset is unknown, or `group` does not divide the devices of a slice or the heads.
     """
     check_preset(preset)
+    near = devices // slices
     heads, queries = config.text.kv_heads, config.text.heads // config.text.kv_heads
     if preset == "fsdp":
         if group not in (None, 1):
             raise InputError(f"fsdp: every device computes rows of its own, got groups of {group}; take fsdp+tensor")
         return {"fsdp": devices}
     if preset == "fsdp+tensor":
-        tensor = group or _divisor(devices, heads, math.isqrt(devices))
-        _check_group(preset, tensor, devices, heads)
+        tensor = _divisor(near, heads, math.isqrt(devices)) if group is None else group
+        _check_group(preset, tensor, near, heads)
         return {"fsdp": devices // tensor, "tensor": tensor}
-    group = group or (1 if preset == "evaluate" else _divisor(devices, heads * queries, devices))
-    _check_group(preset, group, devices, heads * queries)
+    if group is None:
+        group = 1 if preset == "evaluate" else _divisor(near, heads * queries, near)
+    _check_group(preset, group, near, heads * queries)
     kv = math.gcd(group, heads)
     if queries % (group // kv):
         raise InputError(f"{preset}: {group} devices cannot share {heads} key/value heads of {queries} query heads")
@@ -180,6 +184,8 @@ def _divisor(devices: int, of: int, most: int) -> int:
 
 
 def _check_group(preset: str, group: int, devices: int, heads: int) -> None:
-    if devices % group or heads % group:
+    if group < 1 or devices % group or heads % group:
         works = [n for n in range(1, devices + 1) if devices % n == 0 and heads % n == 0]
-        raise InputError(f"{preset}: groups of {group} must divide {devices} devices and {heads} heads; {works} do")
+        raise InputError(
+            f"{preset}: groups of {group} must divide a slice's {devices} devices and {heads} heads; {works} do"
+        )

@@ -12,7 +12,10 @@ from PIL import Image
 
 from mllama_jax.cli import main
 from mllama_jax.config import PRESETS
+from mllama_jax.convert.run import convert
 from mllama_jax.errors import InputError
+from mllama_jax.sharding import compiler
+from mllama_jax.sharding import plan as sharding_plan
 from mllama_jax.sharding.hlo import Collective, Program
 from mllama_jax.sharding.mesh import topology
 from mllama_jax.sharding.plan import Plan, plan
@@ -143,6 +146,34 @@ def test_what_does_not_fit_is_shown_a_slice_that_does() -> None:
         assert planned(model, made.nearest).fits
 
 
+def test_where_nothing_has_room_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "90b", "--topology", "v6e-8", "--slots", "100000", "--arithmetic"]) == 0
+    assert "the nearest slice that has room, by arithmetic: none" in capsys.readouterr().out
+
+
+def test_without_libtpu_that_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same table comes by arithmetic."""
+    for module in (compiler, sharding_plan):
+        monkeypatch.setattr(module, "has_compiler", lambda: False)
+    assert main(["plan", "90b", "--topology", "v6e-8"]) == 0
+    told = capsys.readouterr().out
+    assert "by arithmetic, nothing was compiled: libtpu is missing, pip install 'mllama-jax[plan]'" in told
+    assert "rows that fit: 25" in told
+    assert main(["plan", "90b", "--topology", "h100:8"]) == 0
+    assert "libtpu" not in capsys.readouterr().out
+
+
+def test_a_quantised_checkpoint_is_planned_as_it_is(
+    tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(tiny_directory, tmp_path / "int8", to="orbax", quantize="int8")
+    command = ["plan", str(tmp_path / "int8"), "--topology", "v6e-1", "--context", "64", "--arithmetic"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantize"] == "int8"
+    assert main([*command, "--quantize", "int4"]) == 2
+    assert "holds int8 weights, which cannot become int4" in capsys.readouterr().err
+
+
 def test_replicas_of_the_smallest_groups() -> None:
     assert planned("11b", "v6e:2x4", preset="evaluate").mesh == {"data": 8, "kv": 1, "q": 1}
     assert planned("90b", "v6e:4x4", 16, preset="evaluate").mesh == {"data": 2, "kv": 8, "q": 1}
@@ -174,6 +205,9 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["90b", "--topology", "v6e-8", "--slots", "0"], "slots must be at least 1, got 0"),
         (["90b", "--topology", "v6e-8", "--preset", "fast"], "preset 'fast' is not known; known are serve"),
         (["90b", "--topology", "v6e-8", "--group", "3"], "groups of 3 must divide"),
+        (["90b", "--topology", "v6e-8", "--group", "-8"], "groups of -8 must divide"),
+        (["90b", "--topology", "2xv6e:2x4", "--group", "16"], "groups of 16 must divide a slice's 8 devices"),
+        (["90b", "--topology", "h100:8", "--preset", "fsdp"], "every parameter is split, as fsdp does"),
         (["70b", "--topology", "v6e-8"], "70b: neither a directory nor one of 11b"),
         (["90b", "--topology", "v6e-8", "--plot", "x.pdf"], "--plot must name a .png file"),
     ],

@@ -216,6 +216,8 @@ def test_the_readme_script_joins_and_loads(small_directory: Path, tmp_path: Path
     [
         ("10.0.0.1:8476", "expected auto or HOST:PORT,PROCESS,PROCESSES"),
         ("10.0.0.1,0,2", "coordinator must be HOST:PORT, got '10.0.0.1'"),
+        ("10.0.0.1:99999,0,2", "coordinator must be HOST:PORT, got '10.0.0.1:99999'"),
+        ("10.0.0.1:8476,0,0", "processes must be at least 1, got 0"),
         ("10.0.0.1:8476,2,2", "process must be 0 to 1 of 2 processes, got 2"),
     ],
 )

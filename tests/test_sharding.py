@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from mllama_jax.config import PRESETS as MODELS
 from mllama_jax.errors import InputError
+from mllama_jax.loading import preset_mesh
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
 from mllama_jax.sharding.mesh import CHIPS, make_mesh, topology
@@ -112,7 +113,7 @@ SLICES = {
     "tpu7x-8": ("tpu7x:2x2x1", 4, 8, (1, 8, 1)),
     "a3-highgpu-8g": ("h100:8", 8, 8, (1, 8, 1)),
     "h200:1": ("h200:1", 1, 1, (1, 1, 1)),
-    "2xv6e:4x4": ("2xv6e:4x4", 32, 32, (1, 8, 4)),
+    "2xv6e:4x4": ("2xv6e:4x4", 32, 32, (2, 8, 2)),
 }
 
 
@@ -120,7 +121,7 @@ SLICES = {
 def test_slices_by_name(name: str) -> None:
     found, chips, devices, axes = topology(name), *SLICES[name][1:]
     assert (found.name, found.chips, found.devices) == (SLICES[name][0], chips, devices)
-    assert tuple(mesh_axes("serve", MODELS["90b"], devices).values()) == axes
+    assert tuple(mesh_axes("serve", MODELS["90b"], devices, slices=found.slices).values()) == axes
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v6e:3x3", "v5p-3", "2xh100:8", "0xv6e:2x2", ""])
@@ -140,8 +141,12 @@ def test_every_slice_has_a_mesh_for_both_models() -> None:
 
 
 def test_groups_that_cannot_be_are_refused() -> None:
-    with pytest.raises(InputError, match=r"groups of 3 must divide 8 devices and 64 heads; \[1, 2, 4, 8\] do"):
-        mesh_axes("serve", MODELS["90b"], 8, group=3)
+    for group in (3, 0, -8):
+        message = rf"groups of {group} must divide a slice's 8 devices and 64 heads; \[1, 2, 4, 8\] do"
+        with pytest.raises(InputError, match=message):
+            mesh_axes("serve", MODELS["90b"], 8, group)
+    with pytest.raises(InputError, match="groups of 16 must divide a slice's 8 devices"):
+        mesh_axes("serve", MODELS["90b"], 16, 16, slices=2)
 
 
 def test_bytes_of_a_device() -> None:
@@ -164,6 +169,16 @@ class Chip:
         self.coords, self.core_on_chip, self.slice_index = (*coords, 0), 0, 0
         self.platform, self.device_kind, self.process_index = "tpu", "TPU v6 lite", 0
         self.id = coords[0] * 16 + coords[1]
+
+
+def test_only_rows_are_split_between_slices(spread_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = [Chip(x, y) for y in range(4) for x in range(4)]
+    for chip in chips:
+        chip.slice_index = chip.coords[1] // 2
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    mesh = preset_mesh(spread_directory)
+    assert dict(mesh.shape) == {"data": 2, "kv": 4, "q": 2}
+    assert [{chip.slice_index for chip in own.flat} for own in mesh.devices] == [{0}, {1}]
 
 
 class GPU:

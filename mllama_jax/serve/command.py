@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args)
     if model.groups > 1:
         raise InputError(
-            f"--preset {args.preset}: a slot is one row and this mesh splits rows in {model.groups}; choose serve, or "
-            "fewer devices"
+            f"--preset {args.preset}: this mesh splits rows in {model.groups}, and a server's slots are not; start "
+            f"{model.groups} servers, each on a part of the devices"
         )
     guard = None if args.guard is None else load_model(argparse.Namespace(**vars(args) | {"model": args.guard}))
     limits = Limits(queue=args.queue, pictures=args.images, hosts=frozenset(args.image_host), keys=keys)
