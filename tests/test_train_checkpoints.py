@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,20 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     resumed.save(state(7), {"next": 7}, 0.95)
     resumed.close()
     assert {each.name for each in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3", "6", "7"}
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was saved before stays."""
+    checkpoints = Checkpoints(str(tmp_path / "run"), RECIPE)
+    checkpoints.save(state(1), {"next": 1}, 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12))
+        with pytest.raises(InputError, match=r"run: a checkpoint takes .* MB and 0\.0 are free; make room"):
+            checkpoints.save(state(2), {"next": 2}, 0.4)
+    checkpoints.close()
+    found = Checkpoints(str(tmp_path / "run"), RECIPE).latest(state(0))
+    assert found is not None
+    assert int(found[0].step) == 1
 
 
 def test_a_run_in_a_bucket_needs_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mllama_jax.convert.files import parse_json
-from mllama_jax.convert.store import Store, absolute
+from mllama_jax.convert.store import Store, absolute, is_bucket
 from mllama_jax.errors import InputError
 from mllama_jax.processes import agree
 from mllama_jax.train.recipe import Recipe
@@ -60,7 +64,10 @@ class Checkpoints:
         if step != self.manager.latest_step():
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), reader=ocp.args.JsonSave(reader))  # pyright: ignore[reportCallIssue]
             metrics = {"loss": math.inf if loss is None else loss} if self.measured else None
-            self.manager.save(step, args=args, metrics=metrics, force=True)
+            with self._writing():
+                self.manager.wait_until_finished()
+                self._check_room(state)
+                self.manager.save(step, args=args, metrics=metrics, force=True)
 
     def latest(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """What the last checkpoint holds, placed as `state` is; None where there is none."""
@@ -74,8 +81,34 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until all is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with self._writing():
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    def _check_room(self, state: TrainState) -> None:
+        """Raise InputError where a disk has no room for a checkpoint: orbax would say it hundreds of times."""
+        if is_bucket(self.out):
+            return
+        size, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.out).free
+        if free < size:
+            raise InputError(
+                f"{self.out}: a checkpoint takes {size / 1e6:.1f} MB and {free / 1e6:.1f} are free; make room, and the "
+                "same command goes on from the last one"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell in a line what the disk says, here of what was begun before."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            said = re.search(r"([\w ]+) \[os_error_code", str(error))  # TensorStore's words
+            reason = error.strerror if isinstance(error, OSError) else said and said[1].strip()
+            if reason is None:
+                raise
+            raise InputError(
+                f"{self.out}: a checkpoint cannot be written: {reason}; the same command goes on from the last one"
+            ) from None
 
 
 def _loss(metrics: Any) -> float:

@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> int | None:
     except Preempted as notice:
         print(f"mllama train: {notice}", file=sys.stderr)
         return PREEMPTED
+    except OSError as error:
+        place, why = error.filename or args.out, error.strerror or error
+        raise InputError(f"{place}: {why}; once that is mended the same command goes on") from None
     if not_first():  # the first process speaks for all
         return None
     if args.json:
