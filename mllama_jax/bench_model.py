@@ -259,7 +259,8 @@ def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | No
         config = dataclasses.replace(config, vision=few)
     alone = Bench.of(config, dtype, cache=cache)
     model, tree = abstract(config, dtype, devices, cache)
-    together = Bench(model, jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree)))
+    params = jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree))
+    together = Bench(model, lay_out(params, model.constrain.platform))
     one, several = (each.logits() for each in (alone, together))
     return float(np.abs(several - one).max() / np.abs(one).max())
 
