@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +27,7 @@ from mllama_jax.processing.chat import Prompt
 from mllama_jax.serve import service as serving
 from mllama_jax.serve.service import Limits, Service
 from mllama_jax.serve.throughput import listening
-from tests.served import asked, metric, post
+from tests.served import asked, post
 
 Draw = Callable[..., Image.Image]
 
@@ -168,6 +170,15 @@ def test_a_server_holds_what_fits(
     assert fitting == [(6, 128, 4), (3, 128, 16), (1, 512, 4)]
     asyncio.run(service.warm_up(lambda *_: None))
     assert (compiled := compilations()) > 10
+    served, there, running = service.worker.engine, threading.Event(), []
+    step = served.step
+
+    def counted() -> Iterator[tuple[Request, str]]:
+        there.wait(60)
+        yield from step()
+        running.append(sum(slot.request is not None for slot in served.scheduler.slots))
+
+    monkeypatch.setattr(served, "step", counted)
     prompts = [[5 + i] * length for i, length in enumerate([3, 4, 5, 6, 7, 8, 200, 9, 300, 10, 11])]
     with listening(service) as port, ThreadPoolExecutor(16) as pool:
         url = f"http://127.0.0.1:{port}"
@@ -178,10 +189,14 @@ def test_a_server_holds_what_fits(
             assert status == 200
             return told["choices"][0]["text"]
 
-        answers, running = [pool.submit(complete, prompt) for prompt in prompts], 0.0
-        while not all(answer.done() for answer in answers):
-            running = max(running, metric(url, "mllama_num_requests_running"))
-        assert running == 6
+        answers = []
+        for prompt in prompts:  # in this order, and none is begun before all are there
+            answers.append(pool.submit(complete, prompt))
+            while service.worker.open < len(answers):
+                time.sleep(0.01)
+        there.set()
+        assert all(answer.result() for answer in answers)
+        assert max(running) == 6
         assert compilations() == compiled
         params = SamplingParams(max_new_tokens=100, stop_ids=())
         alone = model.complete([Prompt(prompt, []) for prompt in prompts], [params] * len(prompts))
