@@ -193,6 +193,7 @@ def test_a_server_holds_what_fits(
         for prompt in prompts:  # in this order, and none is begun before all are there
             answers.append(pool.submit(complete, prompt))
             while service.worker.open < len(answers):
+                assert not answers[-1].done()
                 time.sleep(0.01)
         there.set()
         assert all(answer.result() for answer in answers)

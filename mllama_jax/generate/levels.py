@@ -77,10 +77,11 @@ def levels_of(
         fitting = rows + TOGETHER if memory is None else memory // row_bytes(model, length, width)
         if (own := min(rows, fitting - 1)) > 0:
             levels.append(Level(own, length, width, min(TOGETHER, own, fitting - own)))
-    if not levels:
+    if memory is not None and not levels:
+        takes = 2 * row_bytes(model, lengths[0], widths[0])
         raise InputError(
-            f"{memory} bytes of memory are left beside the weights, and a slot of {lengths[0]} positions takes "
-            f"{2 * row_bytes(model, lengths[0], widths[0])}; spread the model over more devices, or quantize it"
+            f"{memory / 1e6:.1f} MB of memory are left beside the weights, and a slot of {lengths[0]} positions takes "
+            f"{takes / 1e6:.1f}; spread the model over more devices, or quantize it"
         )
     return levels
 
