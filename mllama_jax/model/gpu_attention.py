@@ -66,13 +66,18 @@ def _cudnn(
         q = rearrange(q, "b t k g h -> b t (k g) h")
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     lengths = next((x for x in seen if x.ndim == 1), None)
-    mask = next((x[:, None] for x in seen if x.ndim == 3), None)
+    mask = next((seeing(x)[:, None] for x in seen if x.ndim == 3), None)
     y = jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=scale, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     if T == 1:
         return rearrange(y, "(b k) t g h -> b t k g h", b=B)
     return rearrange(y, "b t (k g) h -> b t k g h", g=G)
+
+
+def seeing(mask: jax.Array) -> jax.Array:
+    """A mask bool [B, T, S] in which queries that see nothing see all: cuDNN's gradients of such rows are NaN."""
+    return mask | ~mask.any(axis=-1, keepdims=True)
 
 
 def over_int8(

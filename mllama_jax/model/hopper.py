@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
-from mllama_jax.model.gpu_attention import MARKS
+from mllama_jax.model.gpu_attention import MARKS, seeing
 
 KEYS, STAGES = 128, 2  # of a step; steps that are loaded ahead
 ROWS, GROUPS = 64, 2  # queries of a warpgroup, computing warpgroups of a block
@@ -94,7 +94,7 @@ def _by_cudnn(scale: float, arrays: tuple[jax.Array, ...], marks: tuple[jax.Arra
         q, k, v = arrays[0], jnp.swapaxes(arrays[1], 1, 2), jnp.swapaxes(arrays[2], 1, 2)
     else:
         q, k, v = (arrays[0][:, :, i] for i in range(3))
-    mask = jnp.einsum("btm,bsm->bts", *marks)[:, None] == 0
+    mask = seeing(jnp.einsum("btm,bsm->bts", *marks) == 0)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
 
 
