@@ -40,12 +40,12 @@ def for_rows(x: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -
     """
     *of_outputs, inside = axes
     batch: Axes = ("batch", *(None,) * (x.ndim - 2))
-    rows = math.prod(x.shape[:-1]) / constrain.parts("batch")
+    rows = math.prod(x.shape[:-1]) // constrain.parts("batch")
     outputs = math.prod(scale.shape[:-1]) / math.prod(map(constrain.parts, of_outputs))
     groups = scale.shape[-1] / constrain.parts(inside)
     if x.dtype != jnp.bfloat16 or x.shape[-1] != scale.shape[-1] * GROUP:
         return None
-    if rows > MOST or rows % 1 or outputs % OUTPUTS or groups % 1:
+    if rows > MOST or x.shape[0] % constrain.parts("batch") or outputs % OUTPUTS or groups % 1:
         return None
 
     def part(*arrays: jax.Array) -> jax.Array:
