@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -24,8 +25,9 @@ from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
 from mllama_jax.generate import speculate
-from mllama_jax.model import attention, tpu_attention
-from mllama_jax.model.layers import Unconstrained, unconstrained
+from mllama_jax.model import attention, hopper_int4, layers, tpu_attention
+from mllama_jax.model.layers import Axes, Unconstrained, unconstrained
+from mllama_jax.model.quantize import from_int4, to_int4
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.sharding.hlo import KINDS
 from mllama_jax.sharding.mesh import make_mesh
@@ -129,6 +131,44 @@ def packed(directory: str) -> None:
     tokens = np.random.default_rng(0).integers(0, 512, (3, 10)).tolist()
     wanted, logits = (model.logits(tokens, [[]] * 3) for model in (single, split))
     print(json.dumps({"mesh": dict(mesh.shape), "error": float(np.abs(wanted - logits).max())}))
+
+
+def few(directory: str) -> None:
+    """int4 for few rows, as on Hopper GPUs, on meshes against one device: errors, and what a device's product is of.
+
+    Their kernel's product is made in float32.
+    """
+    config, met = read_config(open_checkpoint(Path(directory))), []
+
+    def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+        met.append((x.size // x.shape[-1], scale.size // scale.shape[-1], x.shape[-1]))
+        wide = from_int4(kernel, scale, jnp.dtype("float32"))
+        return jnp.tensordot(x.astype("float32"), wide, (-1, -1), precision="highest")
+
+    maps: list[tuple[str, tuple[int, ...], Axes]] = [
+        ("btd,kghd->btkgh", (4, 2, 64, 512), ("kv_heads", "q_heads", "head_dim", "embed")),
+        ("btd,cfd->btcf", (2, 1024, 512), (None, "mlp", "embed")),
+        ("btf,df->btd", (64, 1024), ("embed", "mlp")),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "on_hopper", lambda *_: True)
+        patch.setattr(hopper_int4, "product", product)
+        for preset, axes in (("serve", {"data": 2, "kv": 2, "q": 2}), ("fsdp+tensor", {"fsdp": 4, "tensor": 2})):
+            rules, errors = preset_rules(preset, config, make_mesh(axes, jax.devices())), []
+            met.clear()
+            for equation, shape, names in maps:
+                kernel, scale = to_int4(jax.random.normal(jax.random.key(0), shape))
+                x = jax.random.normal(jax.random.key(1), (8, 1, shape[-1]), "bfloat16")
+                wanted = product(x, kernel, scale)
+                met.pop()
+                x, kernel, scale = (
+                    jax.device_put(each, rules.sharding(*by))
+                    for each, by in ((x, ("batch",)), (kernel, names), (scale, names))
+                )
+                linear = layers.Linear(equation, shape, names, constrain=rules)
+                y = jax.jit(linear.apply)({"params": {"kernel": kernel, "scale": scale}}, x)
+                errors.append(float(jnp.abs(y - wanted).max() / jnp.abs(wanted).max()))
+            print(json.dumps({"mesh": axes, "error": max(errors), "met": met}))
 
 
 def cached(directory: str) -> None:
@@ -263,6 +303,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, packed, cached, drafted, kernels, refuse, restore, clean):
+    for task in (compare, quantized, packed, few, cached, drafted, kernels, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

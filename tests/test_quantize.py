@@ -19,6 +19,8 @@ from mllama_jax.config import PRESETS
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
+from mllama_jax.model import layers
+from mllama_jax.model.hopper_int4 import Plan
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import abstract_parameters
 from mllama_jax.model.quantize import QUANTIZERS, count, product, to_int4, to_int8, widen
@@ -93,6 +95,48 @@ def test_a_gpu_reads_int4_kernels_by_sums_for_one_row(platform: str, dots: int) 
     run = jax.jit(lambda *arrays: product("btd,fd->btf", *arrays))
     text = jax.export.export(run, platforms=[platform])(*itertools.starmap(jax.ShapeDtypeStruct, shapes)).mlir_module()
     assert text.count("stablehlo.dot_general") == dots
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "dtype", "kernels"),
+    [
+        ((1, 1), 512, 64, "bfloat16", 1),
+        ((8, 4), 512, 64, "bfloat16", 1),
+        ((3, 11), 512, 64, "bfloat16", 0),  # more rows
+        ((1, 1), 352, 64, "bfloat16", 0),  # groups of 88
+        ((1, 1), 512, 96, "bfloat16", 0),  # a warpgroup and a half
+        ((1, 1), 512, 64, "float16", 0),
+    ],
+)
+def test_a_hopper_gpu_has_a_kernel_for_few_rows_over_int4(
+    rows: tuple[int, int], inputs: int, outputs: int, dtype: str, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowered once for all layers."""
+    monkeypatch.setattr(layers, "on_hopper", lambda *_: True)
+    linear = layers.Linear("btd,cfd->btcf", (2, outputs // 2, inputs), (None, "mlp", "embed"))
+    params = jax.eval_shape(lambda: dict(zip(("kernel", "scale"), to_int4(jnp.ones(linear.shape)), strict=True)))
+
+    def several(params: dict[str, jax.Array], x: jax.Array) -> list[jax.Array]:
+        return [jnp.asarray(linear.apply({"params": params}, x + i)) for i in range(3)]
+
+    traced = jax.jit(several).trace(params, jax.ShapeDtypeStruct((*rows, inputs), dtype))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(4096, 14336, 32), (8192, 28672, 64)])
+def test_blocks_fill_a_hopper_gpu(width: int, hidden: int, heads: int, parts: int) -> None:
+    """The 11B's and the 90B's kernels, also over several: all their inputs, and no splits for a second round."""
+    out = 2 * hidden, width, heads * 128, 2 * 8 * 128, 128256
+    maps = [(each // parts, width) for each in out] + [(width, each // parts) for each in (hidden, heads * 128)]
+    for outputs, inputs in maps:
+        if outputs % 64 == 0:  # not the head's over eight
+            plan = Plan.of(outputs, inputs // 128)
+            blocks = outputs // plan.outputs * plan.splits
+            assert outputs % plan.outputs == 0
+            assert plan.groups * plan.splits * plan.steps * 128 == inputs
+            assert blocks <= 132 or plan.splits == 1
+            assert blocks >= 96 or parts > 1
 
 
 @pytest.mark.parametrize("quantize", QUANTIZERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,9 +35,10 @@ class CrossAttention(nn.Module):
     def setup(self) -> None:
         c = self.config
         K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
-        self.q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"))
-        self.kv = Linear("bsd,ckhd->bsckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"))
-        self.out = Linear("btf,df->btd", (D, K * G * H), ("embed", "heads"), parts=self.constrain.parts("heads"))
+        linear = functools.partial(Linear, constrain=self.constrain)
+        self.q = linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"))
+        self.kv = linear("bsd,ckhd->bsckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"))
+        self.out = linear("btf,df->btd", (D, K * G * H), ("embed", "heads"))
         self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
 
     def keys_values(self, features: jax.Array) -> KVCache:

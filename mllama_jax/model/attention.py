@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllama_jax.model.layers import Axes, Constrain, einsum, unconstrained
+from mllama_jax.model.layers import Axes, Constrain, einsum, on_hopper, unconstrained
 from mllama_jax.model.quantize import Int8
 
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
@@ -107,7 +107,7 @@ def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constr
 
         if small and T == 1:
             kernel = gpu.over_int8
-        elif T > 1 and isinstance(visible, InSpan) and gpu.takes(visible) and gpu.on_hopper(constrain, q.dtype):
+        elif T > 1 and isinstance(visible, InSpan) and gpu.takes(visible) and on_hopper(constrain, q.dtype):
             kernel = gpu.by_flash
         else:
             kernel = gpu.by_cudnn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,8 +39,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, cache: KVCache, positions: jax.Array) -> tuple[jax.Array, KVCache]:
         c = self.config
         K, G, H, D = c.kv_heads, c.heads // c.kv_heads, c.head_dim, c.width
-        q = Linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"), name="q")(x)
-        kv = Linear("btd,ckhd->btckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"), name="kv")(x)
+        linear = functools.partial(Linear, constrain=self.constrain)
+        q = linear("btd,kghd->btkgh", (K, G, H, D), ("kv_heads", "q_heads", "head_dim", "embed"), name="q")(x)
+        kv = linear("btd,ckhd->btckh", (2, K, H, D), (None, "kv_heads", "head_dim", "embed"), name="kv")(x)
         frequencies = rotary_frequencies(H, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, positions, frequencies), rotate(kv[:, :, 0], positions, frequencies)
         own, fresh = cache.like(k, kv[:, :, 1]), cache.fresh
@@ -50,8 +53,7 @@ class SelfAttention(nn.Module):
             axes = ("batch", "kv_heads", "queries", "cache")
             y = attention(q, cache.k, cache.v, positions, UpTo(cache.length), constrain=self.constrain, axes=axes)
         y = self.constrain(rearrange(y, "b t k g h -> b t (k g h)"), "batch", "seq", "heads")
-        shape, parts = (D, K * G * H), self.constrain.parts("heads")
-        y = Linear("btf,df->btd", shape, ("embed", "heads"), parts=parts, name="out")(y)
+        y = linear("btf,df->btd", (D, K * G * H), ("embed", "heads"), name="out")(y)
         return self.constrain(y, "batch", "seq", "residual"), cache
 
 
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
             self, "embedding", init, (c.vocab + c.extra_embeddings, c.width), (None, "embedding")
         )
         if not c.tied:
-            self.head = Linear("...d,vd->...v", (c.vocab, c.width), ("vocab", "embed"))
+            self.head = Linear("...d,vd->...v", (c.vocab, c.width), ("vocab", "embed"), constrain=self.constrain)
         self.layers = [
             (CrossAttentionLayer if i in c.cross_layers else SelfAttentionLayer)(c, self.constrain)
             for i in range(c.layers)

@@ -17,13 +17,6 @@ from mllama_jax.model.quantize import Int8
 MARKS = 16  # features of a mask that `hopper.flash` takes
 
 
-def on_hopper(constrain: Constrain, dtype: jnp.dtype) -> bool:
-    """Whether `hopper` has a kernel for these devices and this dtype."""
-    if constrain.platform != "gpu" or dtype == jnp.float32:
-        return False
-    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
-
-
 def takes(visible: InSpan) -> bool:
     """Whether MARKS features are enough to say which tiles are seen."""
     return visible.spans.shape[1] < MARKS

@@ -65,6 +65,13 @@ class Unconstrained:
 unconstrained = Unconstrained()
 
 
+def on_hopper(constrain: Constrain, dtype: jnp.dtype) -> bool:
+    """Whether these are Hopper GPUs and the dtype is one of half precision: `hopper` and `hopper_int4` have kernels."""
+    if constrain.platform != "gpu" or dtype == jnp.float32:
+        return False
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
 Remat = Callable[[Callable], Callable]
 """`remat(run)(layer, ...)` runs a layer, and says what of it is kept for the backward pass."""
 
@@ -106,20 +113,20 @@ class Linear(nn.Module):
     """`y = einsum(equation, x, kernel) (+ bias)`, the kernel `[out..., in]`.
 
     A quantised kernel has a `scale` beside it, see `quantize`; an adapted one has `lora_a` and `lora_b`, see
-    `low_rank`; `parts` is in how many a mesh splits `in`.
+    `low_rank`.
     """
 
     equation: str
     shape: tuple[int, ...]
     axes: Axes
     bias: bool = False
-    parts: int = 1
+    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", "scale"):
             kernel, scale = (self.get_variable("params", name) for name in ("kernel", "scale"))
-            y = product(self.equation, x, kernel, scale, self.parts)
+            y = self.quantized(x, kernel, scale)
         else:
             init = nn.initializers.normal(self.shape[-1] ** -0.5)
             y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
@@ -128,6 +135,16 @@ class Linear(nn.Module):
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, self.shape[:-1], self.axes[:-1]).astype(x.dtype)
         return y
+
+    def quantized(self, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+        """The product with a quantised kernel, where all of an activation meets what a mesh splits by "embed"."""
+        axes = tuple(None if axis == "embed" else axis for axis in self.axes)
+        few = None
+        if kernel.dtype == jnp.uint8 and on_hopper(self.constrain, x.dtype):
+            from mllama_jax.model.hopper_int4 import for_rows
+
+            few = for_rows(x, scale, axes, self.constrain)
+        return product(self.equation, x, kernel, scale, self.constrain.parts(axes[-1]), few)
 
 
 class RMSNorm(nn.Module):
@@ -167,10 +184,10 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D]
         D = x.shape[-1]
-        gate_up = Linear("btd,cfd->btcf", (2, self.hidden, D), (None, "mlp", "embed"), name="gate_up")(x)
+        linear = functools.partial(Linear, constrain=self.constrain)
+        gate_up = linear("btd,cfd->btcf", (2, self.hidden, D), (None, "mlp", "embed"), name="gate_up")(x)
         gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
-        shape, parts = (D, self.hidden), self.constrain.parts("mlp")
-        y = Linear("btf,df->btd", shape, ("embed", "mlp"), parts=parts, name="down")(nn.silu(gate) * up)
+        y = linear("btf,df->btd", (D, self.hidden), ("embed", "mlp"), name="down")(nn.silu(gate) * up)
         return self.constrain(y, "batch", "seq", "residual")
 
 

@@ -15,8 +15,18 @@ from einops import rearrange
 
 from mllama_jax.config import ASPECT_RATIOS, VisionConfig
 from mllama_jax.model.attention import attention
-from mllama_jax.model.gpu_attention import on_hopper, within
-from mllama_jax.model.layers import Constrain, LayerNorm, Linear, Remat, keep_all, parameter, run, unconstrained
+from mllama_jax.model.gpu_attention import within
+from mllama_jax.model.layers import (
+    Constrain,
+    LayerNorm,
+    Linear,
+    Remat,
+    keep_all,
+    on_hopper,
+    parameter,
+    run,
+    unconstrained,
+)
 
 # Tiles behind each aspect ratio id; an absent image (id 0) counts one, as in Meta's code.
 TILES = (1, *(h * w for h, w in ASPECT_RATIOS))
