@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -79,7 +80,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--versus", choices=["transformers"], help="the peer, on the same device just before")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures over their floors")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; figures go to stderr as they are measured"
+    )
     parser.set_defaults(run=run)
 
 
@@ -107,19 +110,17 @@ def run(args: argparse.Namespace) -> None:
     if (most := max(args.mesh)) > jax.device_count():
         raise InputError(f"--mesh must be at most {jax.device_count()}, the devices of this machine, got {most}")
     where, found = environment() | {"model": args.model, "versus": args.versus}, []
-    if not args.json:
-        print("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n\n" + HEADER)
+    tell = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    tell("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n\n" + HEADER)
     errors: dict[str, float] = {}
     for dtype, devices in itertools.product(args.dtype, args.mesh):
         if devices > 1:
             errors[f"{dtype} {devices}"] = error = checked(config, dtype, devices, args.cache)
-            if not args.json:
-                print(f"over {devices} devices logits of a few layers are {error:.2%} from one device's", flush=True)
+            tell(f"over {devices} devices logits of a few layers are {error:.2%} from one device's")
         for figure in figures(config, dtype, devices, args):
             peer = peers.get(figure.name) if (dtype, devices) == ("bfloat16", 1) else None
             found.append(dataclasses.replace(figure, peer=peer))
-            if not args.json:
-                print(line(found[-1]), flush=True)
+            tell(line(found[-1]))
     if args.plot is not None:
         draw(f"{args.model} on {where['devices']}", found, args.plot)
     rates = best(found)

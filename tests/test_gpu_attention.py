@@ -9,8 +9,9 @@ import pytest
 
 from mllama_jax.model import hopper
 from mllama_jax.model.attention import InSpan, UpTo, xla
-from mllama_jax.model.gpu_attention import MARKS, takes
+from mllama_jax.model.gpu_attention import MARKS, by_cudnn, takes
 from mllama_jax.model.gpu_decode import single_query
+from mllama_jax.model.layers import unconstrained
 from mllama_jax.model.quantize import Int8
 
 END = 2**30
@@ -48,6 +49,27 @@ def test_marks_say_which_tiles_are_seen() -> None:
     seen = SPANS(positions)
     assert bool((products[seen] == 0).all())
     assert float(products[~seen].max()) <= -(2**16)
+
+
+@pytest.mark.parametrize("by", ["cudnn", "flash's gradient"])
+def test_cudnn_never_has_a_query_that_sees_nothing(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients of such queries are NaN where a row has two pictures; what it gives for them is zeroed later."""
+    masks = []
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array, **_: object) -> jax.Array:
+        masks.append(mask)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    q, k = normal(2, 12, 1, 2, 32), normal(2, 1, 24, 32)
+    if by == "cudnn":
+        by_cudnn(q, k, k, positions, SPANS, 0.1, unconstrained, ("batch", "kv_heads", "queries", "image_seq"))
+    else:
+        hopper._by_cudnn(0.1, (q[:, :, 0], k, k), SPANS.marks(positions, q.dtype, MARKS))
+    seen = SPANS(positions)
+    assert not bool(seen.any(axis=-1).all())
+    assert bool((masks[0][:, 0] == (seen | ~seen.any(axis=-1, keepdims=True))).all())
 
 
 def test_more_tiles_than_marks_are_not_taken() -> None:
