@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from mllama_jax.config import MllamaConfig
@@ -17,8 +18,13 @@ def step_flops(config: MllamaConfig, recipe: Recipe, batches: Batch) -> float:
     depth is trained (keys and values of pictures have the projector below them), 2 for its own gradient where it is
     trained itself. Low-rank additions count nothing.
     """
+    return _flops(config, recipe, batches.tokens.shape, batches.ratio_ids.size)
+
+
+@functools.lru_cache  # a walk over all parameters, which a step's shapes decide
+def _flops(config: MllamaConfig, recipe: Recipe, tokens: tuple[int, ...], pictures: int) -> float:
     c, vision = config.text, config.vision
-    text, pictures = batches.tokens.size, batches.ratio_ids.size
+    text = math.prod(tokens)
     seen = pictures * vision.max_tiles * vision.tokens if vision is not None else 0
     cross = {f"layers_{i}" for i in c.cross_layers}
 
@@ -38,7 +44,7 @@ def step_flops(config: MllamaConfig, recipe: Recipe, batches: Batch) -> float:
         if path[1] not in cross or pictures:
             passes = 1 + ((-1 if of_pictures else depth(path)) >= lowest) + is_trained(config, recipe.part, path)
             total += 2 * math.prod(kernel.value.shape) * positions * passes
-    rows = math.prod(batches.tokens.shape[:-1])
+    rows = math.prod(tokens[:-1])
     for i in range(c.layers):
         keys = seen / rows if i in c.cross_layers else text / rows / 2
         total += 4 * text * keys * c.heads * c.head_dim * (3 if i >= lowest else 1)

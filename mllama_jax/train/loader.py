@@ -130,9 +130,9 @@ def own_samples(samples: int, rules: Rules | None) -> slice:
 
 
 def placed(batches: Batch, samples: int, mine: slice, rules: Rules | None) -> Batch:
-    """A step's batches on the devices of a mesh, of which this process has read the samples `mine`."""
+    """A step's batches on the device, or on those of a mesh, of which this process has read the samples `mine`."""
     if rules is None:
-        return batches
+        return jax.device_put(batches)
 
     def place(local: Any) -> jax.Array:
         each = local.shape[1] // (mine.stop - mine.start)

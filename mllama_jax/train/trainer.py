@@ -221,17 +221,22 @@ def _run(
     trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: History, noticed: Callable[[int], bool]
 ) -> None:
     recipe, begun = trainer.recipe, int(trainer.state.step)
+    if begun == recipe.steps:
+        return
+    ahead = trainer.place(next(reader))
     for step in range(begun + 1, recipe.steps + 1):
-        batches = trainer.place(next(reader))
+        batches = ahead
         report = trainer.update(batches)
-        _check(trainer, step, report)
         leaving = noticed(step)
         due = step % recipe.save_every == 0 or step == recipe.steps
+        read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest} if due or leaving else None
+        if step < recipe.steps:
+            ahead = trainer.place(next(reader))  # while the devices are at this step
+        _check(trainer, step, report)
         loss = trainer.evaluate() if due and trainer.held_out is not None else None
         history.add(step, batches, report, loss)
-        if due or leaving:
+        if read is not None:
             history.keep()
-            read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest}
             checkpoints.save(trainer.state, read, loss)
         if leaving:
             checkpoints.close()
