@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections import Counter
@@ -133,6 +134,12 @@ def packed(directory: str) -> None:
     print(json.dumps({"mesh": dict(mesh.shape), "error": float(np.abs(wanted - logits).max())}))
 
 
+def _turned(equation: str) -> str:
+    inputs, rest = equation.split(",")
+    kernel, outputs = rest.split("->")
+    return f"{outputs},{kernel}->{inputs}"
+
+
 def few(directory: str) -> None:
     """int4 for few rows, as on Hopper GPUs, on meshes against one device: errors, and what a device's product is of.
 
@@ -166,9 +173,13 @@ def few(directory: str) -> None:
                     for each, by in ((x, ("batch",)), (kernel, names), (scale, names))
                 )
                 linear = layers.Linear(equation, shape, names, constrain=rules)
-                y = jax.jit(linear.apply)({"params": {"kernel": kernel, "scale": scale}}, x)
+                params = {"params": {"kernel": kernel, "scale": scale}}
+                y, pull = jax.vjp(jax.jit(functools.partial(linear.apply, params)), x)
                 errors.append(float(jnp.abs(y - wanted).max() / jnp.abs(wanted).max()))
-            print(json.dumps({"mesh": axes, "error": max(errors), "met": met}))
+                turned = jnp.einsum(_turned(equation), y, from_int4(kernel, scale, y.dtype), precision="highest")
+                gradient = pull(y)[0].astype("float32")  # in bfloat16, as x is
+                assert float(jnp.abs(gradient - turned).max() / jnp.abs(turned).max()) < 0.01
+            print(json.dumps({"mesh": axes, "error": max(errors), "met": list(dict.fromkeys(met))}))
 
 
 def cached(directory: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AbstractMesh
 
 import mllama_jax
 from mllama_jax.cli import SHIPPED
@@ -20,10 +22,11 @@ from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
 from mllama_jax.model import layers
-from mllama_jax.model.hopper_int4 import Plan
+from mllama_jax.model.hopper_int4 import Plan, for_rows
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import abstract_parameters
 from mllama_jax.model.quantize import QUANTIZERS, count, product, to_int4, to_int8, widen
+from mllama_jax.sharding.rules import Rules
 from mllama_jax.train.pictures import FAMILIES, conversation, held_out
 
 STORED = {"int8": "int8", "int4": "uint8"}
@@ -121,6 +124,24 @@ def test_a_hopper_gpu_has_a_kernel_for_few_rows_over_int4(
 
     traced = jax.jit(several).trace(params, jax.ShapeDtypeStruct((*rows, inputs), dtype))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "table", "taken"),
+    [
+        pytest.param(4, 512, {"batch": "data", "mlp": "model"}, True, id="rows and kernels"),
+        pytest.param(3, 512, {"batch": "data", "mlp": "model"}, False, id="rows that do not divide"),
+        pytest.param(4, 128, {"batch": "data", "mlp": "model"}, False, id="half a group"),
+        pytest.param(4, 512, {"batch": "data", "mlp": "data"}, False, id="one axis for both"),
+    ],
+)
+def test_meshes_of_hopper_gpus_whose_parts_a_kernel_takes(
+    rows: int, inputs: int, table: dict[str, str], taken: bool
+) -> None:
+    rules = Rules.of(AbstractMesh((2, 2), ("data", "model")), table)
+    x, scale = jnp.zeros((rows, 1, inputs), "bfloat16"), jnp.zeros((64, inputs // 128), "bfloat16")
+    found: Any = for_rows(x, scale, (None, "mlp"), rules)
+    assert (found is not None) == taken
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])

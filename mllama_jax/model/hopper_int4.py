@@ -36,16 +36,19 @@ STAGES, ROOM = 4, 220 * 1024  # steps that are loaded ahead, and bytes that they
 def for_rows(x: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -> Callable | None:
     """`product` for activations like x; on a mesh each device has its part of a kernel with these logical axes.
 
-    None for more rows, other dtypes, and kernels of which a part is not of whole groups and whole warpgroups.
+    None for more rows, other dtypes, kernels of which a part is not of whole groups and whole warpgroups, and where a
+    mesh does not divide the rows, or splits them by an axis that splits the kernel too.
     """
     *of_outputs, inside = axes
     batch: Axes = ("batch", *(None,) * (x.ndim - 2))
-    rows = math.prod(x.shape[:-1]) // constrain.parts("batch")
+    parts = constrain.parts("batch")
     outputs = math.prod(scale.shape[:-1]) / math.prod(map(constrain.parts, of_outputs))
     groups = scale.shape[-1] / constrain.parts(inside)
-    if x.dtype != jnp.bfloat16 or x.shape[-1] != scale.shape[-1] * GROUP:
+    if x.dtype != jnp.bfloat16 or x.shape[-1] != scale.shape[-1] * GROUP or outputs % OUTPUTS or groups % 1:
         return None
-    if rows > MOST or x.shape[0] % constrain.parts("batch") or outputs % OUTPUTS or groups % 1:
+    if math.prod(x.shape[:-1]) > MOST * parts or x.shape[0] % parts:
+        return None
+    if any(axis in constrain.axes("batch") for name in axes for axis in constrain.axes(name)):
         return None
 
     def part(*arrays: jax.Array) -> jax.Array:

@@ -34,6 +34,10 @@ class Constrain(Protocol):
         """The mesh, None without one."""
         ...
 
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """The mesh axes of a logical axis."""
+        ...
+
     def parts(self, name: str | None) -> int:
         """In how many parts a logical axis is split."""
         ...
@@ -55,6 +59,9 @@ class Unconstrained:
     def platform(self) -> str:
         return jax.default_backend()
 
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        return ()
+
     def parts(self, name: str | None) -> int:
         return 1
 
@@ -66,7 +73,7 @@ unconstrained = Unconstrained()
 
 
 def on_hopper(constrain: Constrain, dtype: jnp.dtype) -> bool:
-    """Whether these are Hopper GPUs and the dtype is one of half precision: `hopper` and `hopper_int4` have kernels."""
+    """Whether these are Hopper GPUs, for which `hopper` and `hopper_int4` have kernels in half precision."""
     if constrain.platform != "gpu" or dtype == jnp.float32:
         return False
     return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
@@ -137,14 +144,14 @@ class Linear(nn.Module):
         return y
 
     def quantized(self, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        """The product with a quantised kernel, where all of an activation meets what a mesh splits by "embed"."""
+        """The product with a quantised kernel; a mesh may split that by "embed", but never an activation's "embed"."""
         axes = tuple(None if axis == "embed" else axis for axis in self.axes)
-        few = None
+        few_rows = None
         if kernel.dtype == jnp.uint8 and on_hopper(self.constrain, x.dtype):
             from mllama_jax.model.hopper_int4 import for_rows
 
-            few = for_rows(x, scale, axes, self.constrain)
-        return product(self.equation, x, kernel, scale, self.constrain.parts(axes[-1]), few)
+            few_rows = for_rows(x, scale, axes, self.constrain)
+        return product(self.equation, x, kernel, scale, self.constrain.parts(axes[-1]), few_rows)
 
 
 class RMSNorm(nn.Module):

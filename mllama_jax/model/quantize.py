@@ -130,15 +130,15 @@ def _halves(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> list[jax.A
 
 
 def int4_product(
-    equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array, few: Callable | None = None
+    equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array, few_rows: Callable | None = None
 ) -> jax.Array:
     """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype.
 
     Args:
-        few: what computes it from x, packed and scale for few rows, where there is a kernel for these devices.
+        few_rows: what computes it from x, packed and scale for few rows, where there is a kernel for these devices.
     """
-    if few is not None:
-        return few(x, packed, scale)
+    if few_rows is not None:
+        return few_rows(x, packed, scale)
     # Else XLA widens all kernels before a loop of decode steps, and holds them.
     x, packed, scale = jax.lax.optimization_barrier((x, packed, scale))
     by_halves = functools.partial(_by_halves, equation)
@@ -177,34 +177,34 @@ def widen(kernel: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def product(
-    equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int = 1, few: Callable | None = None
+    equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int = 1, few_rows: Callable | None = None
 ) -> jax.Array:
     """`einsum(equation, x, kernel)` over the last axis of x [..., in] and of a quantised kernel [out..., in].
 
-    On a mesh `in` is split in `parts`; `few` is as in `int4_product`. The gradient of x is that of the product with the
-    whole activations, as if rounding were smooth; kernel and scale have none.
+    On a mesh `in` is split in `parts`; `few_rows` is as in `int4_product`. The gradient of x is that of the product
+    with the whole activations, as if rounding were smooth; kernel and scale have none.
     """
-    y: Any = _product(equation, parts, few, x, kernel, scale)
+    y: Any = _product(equation, parts, few_rows, x, kernel, scale)
     return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(
-    equation: str, parts: int, few: Callable | None, x: jax.Array, kernel: jax.Array, scale: jax.Array
+    equation: str, parts: int, few_rows: Callable | None, x: jax.Array, kernel: jax.Array, scale: jax.Array
 ) -> jax.Array:
     if kernel.dtype == jnp.int8:
         return int8_product(equation, x, kernel, scale, parts)
-    return int4_product(equation, x, kernel, scale, few)
+    return int4_product(equation, x, kernel, scale, few_rows)
 
 
 def _forward(
-    equation: str, parts: int, few: Callable | None, x: jax.Array, kernel: jax.Array, scale: jax.Array
+    equation: str, parts: int, few_rows: Callable | None, x: jax.Array, kernel: jax.Array, scale: jax.Array
 ) -> tuple[Any, Any]:
-    return _product(equation, parts, few, x, kernel, scale), (kernel, scale)
+    return _product(equation, parts, few_rows, x, kernel, scale), (kernel, scale)
 
 
 def _backward(
-    equation: str, parts: int, few: Callable | None, saved: tuple[jax.Array, jax.Array], y: jax.Array
+    equation: str, parts: int, few_rows: Callable | None, saved: tuple[jax.Array, jax.Array], y: jax.Array
 ) -> tuple[jax.Array, None, None]:
     kernel, scale = saved
     inputs, weights, outputs = re.split(",|->", equation)

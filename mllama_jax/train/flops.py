@@ -22,9 +22,9 @@ def step_flops(config: MllamaConfig, recipe: Recipe, batches: Batch) -> float:
 
 
 @functools.lru_cache  # a walk over all parameters, which a step's shapes decide
-def _flops(config: MllamaConfig, recipe: Recipe, tokens: tuple[int, ...], pictures: int) -> float:
+def _flops(config: MllamaConfig, recipe: Recipe, shape: tuple[int, ...], pictures: int) -> float:
     c, vision = config.text, config.vision
-    text = math.prod(tokens)
+    text = math.prod(shape)
     seen = pictures * vision.max_tiles * vision.tokens if vision is not None else 0
     cross = {f"layers_{i}" for i in c.cross_layers}
 
@@ -44,7 +44,7 @@ def _flops(config: MllamaConfig, recipe: Recipe, tokens: tuple[int, ...], pictur
         if path[1] not in cross or pictures:
             passes = 1 + ((-1 if of_pictures else depth(path)) >= lowest) + is_trained(config, recipe.part, path)
             total += 2 * math.prod(kernel.value.shape) * positions * passes
-    rows = math.prod(tokens[:-1])
+    rows = math.prod(shape[:-1])
     for i in range(c.layers):
         keys = seen / rows if i in c.cross_layers else text / rows / 2
         total += 4 * text * keys * c.heads * c.head_dim * (3 if i >= lowest else 1)

@@ -221,21 +221,18 @@ def _run(
     trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: History, noticed: Callable[[int], bool]
 ) -> None:
     recipe, begun = trainer.recipe, int(trainer.state.step)
-    if begun == recipe.steps:
-        return
-    ahead = trainer.place(next(reader))
+    ahead = None
     for step in range(begun + 1, recipe.steps + 1):
-        batches = ahead
+        batches = trainer.place(next(reader)) if ahead is None else ahead
         report = trainer.update(batches)
-        leaving = noticed(step)
         due = step % recipe.save_every == 0 or step == recipe.steps
-        read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest} if due or leaving else None
-        if step < recipe.steps:
-            ahead = trainer.place(next(reader))  # while the devices are at this step
+        read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest}
+        ahead = None if due else trainer.place(next(reader))  # while the devices are at this step
         _check(trainer, step, report)
+        leaving = noticed(step)
         loss = trainer.evaluate() if due and trainer.held_out is not None else None
         history.add(step, batches, report, loss)
-        if read is not None:
+        if due or leaving:
             history.keep()
             checkpoints.save(trainer.state, read, loss)
         if leaving:
