@@ -211,7 +211,7 @@ def _sums(w: jax.Array, x: Any) -> jax.Array:
 
 def _widened(packed: Any) -> jax.Array:
     """Bytes [OUTPUTS, GROUP / 2] in shared memory as bfloat16 [OUTPUTS, GROUP], in the order of `in_order`."""
-    shape = gpu.ShapeDtypeStruct((OUTPUTS, GROUP), jnp.bfloat16, layout=gpu.Layout.WGMMA)
+    shape = gpu.ShapeDtypeStruct((OUTPUTS, GROUP), jnp.dtype("bfloat16"), layout=gpu.Layout.WGMMA)
     widen: Any = gpu.inline_mgpu(arg_types=(gpu.RefType(),), return_type=shape)(_unpacked)
     return widen(packed)
 
