@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -52,19 +53,33 @@ def near(ours: jax.Array, wanted: jax.Array) -> None:
     assert float(jnp.abs(ours.astype("float32") - wanted).max()) <= 0.02 * float(jnp.abs(wanted).max())
 
 
-@pytest.mark.parametrize("first", [0, 300], ids=["padding in each block", "in the last one"])
-def test_pictures(first: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "first", "processors", "split"),
+    [
+        pytest.param(336, 0, 4, True, id="the last queries would have a round of their own"),
+        pytest.param(336, 0, 6, False, id="the last queries are in the first round"),
+        pytest.param(336, 300, 6, False, id="padding in the last block alone"),
+        pytest.param(384, 0, 3, False, id="all blocks are whole"),
+    ],
+)
+def test_pictures(length: int, first: int, processors: int, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of queries and of keys that are not whole, and padding that padding does not see."""
-    at = jnp.arange(330)
-    qkv, padding = normal(1, 330, 3, 2, 80), ((at % 5 == 3) & (at >= first))[None]
+    joined = Mock(wraps=hopper._joined)
+    monkeypatch.setattr(hopper, "_joined", joined)
+    monkeypatch.setattr(hopper, "PROCESSORS", processors)
+    at = jnp.arange(length)
+    qkv, padding = normal(1, length, 3, 2, 80), ((at % 5 == 3) & (at >= first))[None]
     q, k, v = (jnp.swapaxes(x, 1, 2).astype("float32") for x in unseen_by_padding(qkv, padding))
     wanted = xla(jnp.swapaxes(q, 1, 2)[:, :, :, None], k, v, None, None, 80**-0.5)[:, :, :, 0, :80]
     near(within(qkv, padding, unconstrained), wanted)
+    assert joined.called == split
 
 
 @pytest.mark.parametrize(("queries", "width"), [(140, 64), (3, 128)])
-def test_tiles(queries: int, width: int) -> None:
-    """Two rows, grouped heads, nested spans, a tile that is not there, padding behind each tile."""
+def test_tiles(queries: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows, grouped heads, nested spans, a tile that is not there, padding behind each tile. For three queries
+    each tile is a part of the keys, and there are queries that see nothing of a part."""
+    monkeypatch.setattr(hopper, "PROCESSORS", 12)
     visible = InSpan(jnp.array([[[0, END], [2, 9], [0, 0]], [[1, END], [1, END], [1, 4]]]), tokens=97, padded=104)
     q, k, v = normal(2, queries, 1, 2, width), normal(2, 1, 312, width, seed=1), normal(2, 1, 312, width, seed=2)
     positions = jnp.broadcast_to(jnp.arange(queries), (2, queries))

@@ -4,6 +4,9 @@ The schedule is FlashAttention-3's (Shah et al. 2024, section 3): of a block's w
 others compute, each ROWS queries. A step is one of scores Q K and one of P V for the keys before; both are issued
 together, and the softmax runs beside P V (section 3.2). Turns, which that paper has warpgroups take (section 3.1), gain
 nothing here.
+
+The last queries, where they would hold an almost idle GPU for a round of their own, have their keys split in parts, as
+in Flash-Decoding (Dao et al. 2023).
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from mllama_jax.model.attention import largest_divisor
 from mllama_jax.model.gpu_attention import MARKS, seeing
 
 ROWS = 64  # queries of a warpgroup
+PROCESSORS = 132  # of an H100 or H200, each at one block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +58,12 @@ class Plan:
     Attributes:
         form: of its blocks.
         at: where queries, keys and values of a (batch, positions, head) are in their arrays.
-        head_dim, length: H and S.
+        head_dim: H.
+        length: of the keys of a part.
         scale: of the scores as exponents of two.
         share: query heads for each key/value head.
+        parts: of the keys.
+        first: query.
     """
 
     form: Form
@@ -64,6 +72,8 @@ class Plan:
     length: int
     scale: float
     share: int = 1
+    parts: int = 1
+    first: int = 0
 
     @property
     def steps(self) -> int:
@@ -101,18 +111,48 @@ def _flash(scale: float, arrays: tuple[jax.Array, ...], marks: tuple[jax.Array, 
         (B, T, N, H), K, S = q.shape, *k.shape[1:3]
         at = (lambda b, s, n: (b, s, n)), *2 * (lambda b, s, n: (b, n, s),)
         plan = Plan(_form(H), at, H, S, scale, N // K)
-    groups = plan.form.groups
-    blocks = pl.cdiv(T, groups * ROWS)
-    marked = jnp.pad(jnp.any(marks[0] != 0, axis=-1), ((0, 0), (0, blocks * groups * ROWS - T)))
+    rows = plan.form.groups * ROWS
+    whole, blocks = T // rows, pl.cdiv(T, rows)
+    rounds = [pl.cdiv(n * B * N, PROCESSORS) for n in (whole, blocks)]
+    parts = largest_divisor(plan.length // 8, PROCESSORS // (B * N)) if rounds[0] < rounds[1] else 1
+    if parts == 1:
+        return _run(plan, blocks, (q, k, v), marks)[0][:, 0]
+    rest = dataclasses.replace(plan, length=plan.length // parts, parts=parts, first=whole * rows)
+    last, lse = _run(rest, 1, (q, k, v), marks)
+    last = _joined(last, lse[..., : last.shape[2]])
+    if not whole:
+        return last
+    y = _run(plan, whole, (q, k, v), marks)[0][:, 0]
+    # without the barrier XLA (of JAX 0.11.2) tries to fuse the kernel with the update of its result, and fails
+    return lax.dynamic_update_slice_in_dim(lax.optimization_barrier(y), last, rest.first, 1)
+
+
+def _joined(y: jax.Array, lse: jax.Array) -> jax.Array:
+    """From the attention to each part of the keys [B, P, T, N, H], with weights that sum to exp(lse), that to all."""
+    weights = jax.nn.softmax(lse, axis=1)  # B P N T
+    return (jnp.swapaxes(weights, 2, 3)[..., None] * y).sum(axis=1).astype(y.dtype)
+
+
+def _run(plan: Plan, blocks: int, arrays: tuple[jax.Array, ...], marks: tuple) -> list[jax.Array]:
+    """For `blocks` of queries from `plan.first` on the attention to each part of the keys [B, P, T, N, H], and, where
+    there are several, the logarithm of the sum of weights, float32 [B, P, N, T]."""
+    q, groups, (B, T, _) = arrays[0], plan.form.groups, marks[0].shape
+    T, N, H = T - plan.first, *q.shape[-2:]
+    marked = jnp.any(marks[0][:, plan.first :] != 0, axis=-1)
+    marked = jnp.pad(marked, ((0, 0), (0, -T % (groups * ROWS)))).reshape(B, -1, groups * ROWS).any(axis=-1)
     return gpu.kernel(
         functools.partial(_block, plan, q.dtype),
-        out_type=jax.ShapeDtypeStruct((B, T, N, H), q.dtype),
-        grid=(N, blocks, B),
-        grid_names=("head", "block", "batch"),
+        out_type=[
+            jax.ShapeDtypeStruct((B, plan.parts, T, N, H), q.dtype),
+            # whole blocks: a copy of one axis is clipped at the array's end, not at that axis's
+            jax.ShapeDtypeStruct((B, plan.parts, N, blocks * groups * ROWS), jnp.float32),
+        ][: min(plan.parts, 2)],
+        grid=(N, plan.parts, blocks, B),
+        grid_names=("head", "part", "block", "batch"),
         num_threads=groups + 1,
         thread_name="group",
         compiler_params=gpu.CompilerParams(approx_math=True, lowering_semantics=gpu.LoweringSemantics.Warpgroup),
-    )(q, k, v, *marks, marked.reshape(B * blocks, -1).any(axis=-1).astype(jnp.int32))
+    )(*arrays, *marks, marked.astype(jnp.int32))
 
 
 def _form(head_dim: int) -> Form:
@@ -142,17 +182,18 @@ _flash.defvjp(_forward, _backward)
 def _block(plan: Plan, dtype: jnp.dtype, *refs: Any) -> None:
     """What a block does: ROWS queries of a head for each computing warpgroup."""
     groups, (many, few) = plan.form.groups, plan.form.registers
-    *arrays, marked, out = refs
-    batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
+    arrays, marked, out, out_lse = refs[:5], refs[5], refs[6], refs[7:]
+    head, part, block, batch = (lax.axis_index(name) for name in ("head", "part", "block", "batch"))
+    first = plan.first, part * plan.length, part * plan.length
     kv_head = lax.div(head, jnp.int32(plan.share))
 
     def source(i: int, start: Any, length: int, count: int) -> list[Any]:
         """Of queries, keys or values the rows from `start` on, and the marks that go with them if `count` is 2."""
-        rows = pl.ds(start, length)
+        rows = pl.ds(first[i] + start, length)
         found = [arrays[i].at[plan.at[i](batch, rows, head if i == 0 else kv_head)]]
         return [*found, *(arrays[3 + i].at[batch, rows] for _ in range(count - 1) if i < 2)]
 
-    def scoped(q: Any, k: Any, v: Any, ready: Any, free: Any) -> None:
+    def scoped(q: Any, k: Any, v: Any, lse: Any, ready: Any, free: Any) -> None:
         group = lax.axis_index("group")
 
         def compute(count: int) -> None:
@@ -162,15 +203,19 @@ def _block(plan: Plan, dtype: jnp.dtype, *refs: Any) -> None:
                 gpu.copy_gmem_to_smem(there, here, barrier)
             for barrier in arrived[:count]:
                 gpu.barrier_wait(barrier)
-            queries[0][...] = _attend(plan, dtype, queries, k, v, ready[1:], free)
+            queries[0][...], found = _attend(plan, dtype, queries, k, v, ready[1:], free)
+            for tile in lse:
+                tile.at[group][...] = found
             gpu.commit_smem()
-            gpu.copy_smem_to_gmem(queries[0], out.at[batch, pl.ds(base, ROWS), head])
+            gpu.copy_smem_to_gmem(queries[0], out.at[batch, part, pl.ds(base, ROWS), head])
+            for here, there in zip(lse, out_lse, strict=True):
+                gpu.copy_smem_to_gmem(here.at[group], there.at[batch, part, head, pl.ds(base, ROWS)])
             gpu.wait_smem_to_gmem(0)
 
         def either(do: Callable[[int], None]) -> None:
-            any_mark = marked[batch * pl.cdiv(out.shape[1], groups * ROWS) + block]
-            pl.when(any_mark != 0)(functools.partial(do, 2))
-            pl.when(any_mark == 0)(functools.partial(do, 1))
+            some = marked[batch, block]
+            pl.when(some != 0)(functools.partial(do, 2))
+            pl.when(some == 0)(functools.partial(do, 1))
 
         @pl.when(group < groups)
         def _() -> None:
@@ -190,6 +235,7 @@ def _block(plan: Plan, dtype: jnp.dtype, *refs: Any) -> None:
         _smem(plan, dtype, groups, ROWS),
         steps,
         steps[:1],
+        [gpu.SMEM((groups, ROWS), jnp.float32) for _ in out_lse],
         (loaded, [barrier(), barrier()], [barrier()]),
         (barrier(num_arrivals=groups), barrier(num_arrivals=groups)),
         collective_axes="group",
@@ -233,8 +279,8 @@ def _load(plan: Plan, source: Callable, tiles: tuple[Any, Any], ready: tuple, fr
 
 def _attend(
     plan: Plan, dtype: jnp.dtype, q: list[Any], k: list[Any], v: list[Any], ready: tuple, free: tuple
-) -> jax.Array:
-    """The attention of ROWS queries: [ROWS, H]."""
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The attention of ROWS queries [ROWS, H], and the logarithm of the sum of their weights."""
     form = plan.form
     row, whole = gpu.Layout.WGMMA.reduce(1), gpu.Layout.WGMMA
 
@@ -274,10 +320,11 @@ def _attend(
     await_next(jnp.int32(0))
     seen, last = max(plan.length // form.keys, 1), (plan.steps - 1) % form.stages
     carry = lax.fori_loop(1, seen, functools.partial(step, False), (acc, most, total, p.astype(dtype)))
-    acc, _, total, p = lax.fori_loop(seen, plan.steps, functools.partial(step, True), carry)
+    acc, most, total, p = lax.fori_loop(seen, plan.steps, functools.partial(step, True), carry)
     acc = _add_product(acc, p, v[0].at[last])
     gpu.barrier_arrive(free[1].at[last])
-    return (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)
+    y = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)
+    return y, most * math.log(2) + jnp.log(total)
 
 
 def _softmax(plan: Plan, s: jax.Array, first: Any, most: jax.Array, masked: bool) -> tuple[jax.Array, ...]:
