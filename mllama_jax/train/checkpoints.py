@@ -57,7 +57,7 @@ class Checkpoints:
         """Begin to write where training stands, behind the last checkpoint if that is still on its way.
 
         Args:
-            reader: the state of what reads the data, and of which data.
+            reader: of what reads the data: which data.
             loss: of what is held out, where it was just measured.
         """
         step = int(state.step)
