@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -205,6 +206,7 @@ def train(recipe: Recipe, out: str | os.PathLike[str]) -> dict[str, Any]:
     reader, history = trainer.batches.read(begun), History(out, recipe, begun, trainer.loaded.config)
     with closing(reader), _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
+    gc.collect()  # grain's last batches hang on errors that hold themselves; their shared memory would be called leaked
     checkpoints.close()
     params = {name: leaf for name, leaf in trainer.state.params.items() if name != READING}
     result = write_trained(out, recipe, trainer.loaded.config, params)
