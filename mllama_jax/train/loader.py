@@ -98,11 +98,10 @@ class Batches:
 
         A reader is not set to where another was: grain would start its processes one by one, each when its turn comes.
         """
-        threads = 1 if self.workers else AHEAD  # two that draw in one process take turns at its interpreter lock
+        threads = 1 if self.workers else AHEAD  # several that draw in one process take turns at its interpreter lock
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         source: Any = self
-        batches = grain.MapDataset.source(source).slice(slice(begin, None)).to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        )  # fmt: skip
+        batches = grain.MapDataset.source(source).slice(slice(begin, None)).to_iter_dataset(options)
         flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours sets
         return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers), _end_with_parent))
 
