@@ -230,7 +230,7 @@ def _run(
         ahead = None if due else trainer.place(next(reader))
         if unseen is not None:
             _look(trainer, history, *unseen)
-        unseen = step, batches, report
+        unseen = step, jax.tree.map(jax.typeof, batches), report  # the batch itself need not stay on the devices
         leaving = noticed(step)
         if due or leaving:
             loss = _look(trainer, history, *unseen, due)
