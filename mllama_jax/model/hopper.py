@@ -59,11 +59,11 @@ class Plan:
         form: of its blocks.
         at: where queries, keys and values of a (batch, positions, head) are in their arrays.
         head_dim: H.
-        length: of the keys of a part.
+        length: keys of a part.
         scale: of the scores as exponents of two.
         share: query heads for each key/value head.
-        parts: of the keys.
-        first: query.
+        parts: in which the keys are split.
+        first: the query with which the first block begins.
     """
 
     form: Form
@@ -140,13 +140,12 @@ def _run(plan: Plan, blocks: int, arrays: tuple[jax.Array, ...], marks: tuple) -
     T, N, H = T - plan.first, *q.shape[-2:]
     marked = jnp.any(marks[0][:, plan.first :] != 0, axis=-1)
     marked = jnp.pad(marked, ((0, 0), (0, -T % (groups * ROWS)))).reshape(B, -1, groups * ROWS).any(axis=-1)
+    found = [jax.ShapeDtypeStruct((B, plan.parts, T, N, H), q.dtype)]
+    if plan.parts > 1:  # whole blocks: a copy of one axis is clipped at the array's end, not at that axis's
+        found.append(jax.ShapeDtypeStruct((B, plan.parts, N, blocks * groups * ROWS), jnp.float32))
     return gpu.kernel(
         functools.partial(_block, plan, q.dtype),
-        out_type=[
-            jax.ShapeDtypeStruct((B, plan.parts, T, N, H), q.dtype),
-            # whole blocks: a copy of one axis is clipped at the array's end, not at that axis's
-            jax.ShapeDtypeStruct((B, plan.parts, N, blocks * groups * ROWS), jnp.float32),
-        ][: min(plan.parts, 2)],
+        out_type=found,
         grid=(N, plan.parts, blocks, B),
         grid_names=("head", "part", "block", "batch"),
         num_threads=groups + 1,

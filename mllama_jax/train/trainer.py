@@ -245,7 +245,8 @@ def _run(
 def _look(
     trainer: Trainer, history: History, step: int, batches: Batch, report: Report, due: bool = False
 ) -> float | None:
-    """Note a step and, where it is due, the loss of what is held out, which is returned.
+    """Note a step, of whose batches the shapes are enough, and, where it is due, the loss of what is held out, which is
+    returned.
 
     Stops where the step's loss or its gradient is no number.
     """
