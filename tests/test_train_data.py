@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import multiprocessing
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -111,21 +115,30 @@ def test_each_epoch_shows_every_chat_once_in_an_order_of_its_own(small: Mllama, 
     assert str(epochs[0]) != str([Order(chats, 4, 8)[i] for i in range(len(order))])
 
 
-def test_a_reader_goes_on_where_it_was(small: Mllama, tmp_path: Path) -> None:
+def test_a_reader_begins_at_any_step(small: Mllama, tmp_path: Path) -> None:
     chats = read(small, tmp_path, [line(i) for i in range(11)])
     whole = list(batches(chats, 3, steps=9).read())
     assert len(whole) == 9
-    reader = batches(chats, 3, steps=9).read()
-    for _ in range(4):
-        next(reader)
-    state = reader.get_state()
-    other = batches(chats, 3, steps=9).read()
-    other.set_state(state)
-    rest = list(other)
+    rest = list(batches(chats, 3, steps=9).read(4))
     assert len(rest) == 5
     for one, two in zip(rest, whole[4:], strict=True):
         np.testing.assert_array_equal(one.tokens, two.tokens)
         np.testing.assert_array_equal(one.pixels, two.pixels)
+
+
+def test_processes_that_make_batches_start_together(small: Mllama, tmp_path: Path) -> None:
+    """Wherever a reader begins: one by one they would hold up as many steps as there are processes."""
+    chats = read(small, tmp_path, [line(i) for i in range(11)])
+    made = dataclasses.replace(batches(chats, 3, steps=9), workers=2)
+    before = multiprocessing.active_children()
+    with closing(made.read(4)) as reader:
+        one = next(reader)
+        deadline = time.monotonic() + 60
+        while len(multiprocessing.active_children()) < len(before) + 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        np.testing.assert_array_equal(one.tokens, made[4].tokens)
+    assert multiprocessing.active_children() == before
 
 
 def test_processes_share_a_batch_out(small: Mllama, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mllama_jax.model.attention import largest_divisor
 from mllama_jax.model.gpu_attention import MARKS, seeing
 
 ROWS = 64  # queries of a warpgroup
-PROCESSORS = 132  # of an H100 or H200, each at one block
+PROCESSORS = 132  # of an H100 SXM or H200, each at one block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,14 @@ import dataclasses
 import io
 import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,11 +119,11 @@ def run(config: MllamaConfig, name: str, rounds: int, told: Told) -> None:
         place, tokenizer = Path(directory), made_up_tokenizer(config.text.vocab, Path(directory))
         served = Mllama(bare.model, bare.params, tokenizer, load_template(place), place)
         service = Service(served, name, slots=ROWS, context=8192, limits=Limits())
-    with listening(service) as port:
-        measure(service, port, rounds, told)
+    with listening(service) as port, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+        measure(service, port, clients, rounds, told)
 
 
-def measure(service: Service, port: int, rounds: int, told: Told) -> None:
+def measure(service: Service, port: int, clients: Executor, rounds: int, told: Told) -> None:
     """Rounds of requests to the engine and over HTTP in turn, after one of each kind to compile and warm up."""
     kinds = {"32 pictures": ROWS, "one picture": 1}
     draw = Questions(service)
@@ -132,7 +134,7 @@ def measure(service: Service, port: int, rounds: int, told: Told) -> None:
             questions = draw.round(pictures)
             found["engine"].append(asyncio.run(together([in_process(service, question) for question in questions])))
             bodies = [request_body(question) for question in draw.round(pictures)]
-            found["HTTP"].append(asyncio.run(together([over_http(port, body) for body in bodies])))
+            found["HTTP"].append(clients.submit(over_http, port, bodies).result())
         for way, all_rounds in found.items():
             requests = ROWS / statistics.median(each.seconds for each in all_rounds[1:])
             tokens = statistics.median(each.decoding for each in all_rounds[1:]) if way == "engine" else None
@@ -210,7 +212,12 @@ def request_body(question: Question) -> bytes:
     return json.dumps(asked).encode()
 
 
-async def over_http(port: int, body: bytes) -> Answered:
+def over_http(port: int, bodies: Sequence[bytes]) -> Round:
+    """Requests at once, from a process of their own: what a client does is no work of the server's."""
+    return asyncio.run(together([_over_http(port, body) for body in bodies]))
+
+
+async def _over_http(port: int, body: bytes) -> Answered:
     told = (await post(port, body)).split(b"\n\n")
     *events, usage = [json.loads(line.removeprefix(b"data: ")) for line in told if line.startswith(b"data: {")]
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in events)

@@ -57,7 +57,7 @@ class Checkpoints:
         """Begin to write where training stands, behind the last checkpoint if that is still on its way.
 
         Args:
-            reader: the state of what reads the data, and of which data.
+            reader: which data the steps read; how many of them is the state's `step`.
             loss: of what is held out, where it was just measured.
         """
         step = int(state.step)

@@ -92,7 +92,7 @@ class History:
         told = {k: f"{line[k]:.4g}" for k in ("loss", "held_out_loss", "tokens_per_second", "mfu") if k in line}
         if memory:
             told["memory"] = f"{memory / 2**30:.1f} GiB"
-        self.bar.set_postfix(told)
+        self.bar.set_postfix(told, refresh=False)
         self.bar.update()
         if self.first:
             if self.file is not None:

@@ -22,7 +22,7 @@ from mllama_jax.train.chats import Chats
 from mllama_jax.train.pictures.drawn import Drawings
 
 SHORTEST = 32  # the least length of a batch
-AHEAD = 4  # steps that are read before they are wanted, each by a thread of its own
+AHEAD = 4  # steps that this process reads before they are wanted, each by a thread of its own
 
 
 class Order:
@@ -93,13 +93,17 @@ class Batches:
             made.append(self.chats.batch(some.tolist(), self.mine.stop - self.mine.start, shape))
         return stacked(made)
 
-    def read(self) -> grain.DatasetIterator[Batch]:
-        """The batches in order, made ahead."""
-        options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
+    def read(self, begin: int = 0) -> grain.DatasetIterator[Batch]:
+        """The batches of the steps from `begin` on in order, made ahead.
+
+        A reader is not set to where another was: grain would start its processes one by one, each when its turn comes.
+        """
+        threads = 1 if self.workers else AHEAD  # several that draw in one process take turns at its interpreter lock
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         source: Any = self
-        batches = grain.MapDataset.source(source).to_iter_dataset(options)
+        batches = grain.MapDataset.source(source).slice(slice(begin, None)).to_iter_dataset(options)
         flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours sets
-        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, AHEAD), _end_with_parent))
+        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers), _end_with_parent))
 
     def lines(self, step: int) -> list[int]:
         """The numbers of the lines that a step reads."""

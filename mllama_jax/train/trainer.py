@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -197,15 +198,15 @@ def train(recipe: Recipe, out: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{out}: a run in a bucket needs gcsfs: pip install 'mllama-jax[train,gcs]'")
     checkpoints = Checkpoints(out, recipe)
     trainer = Trainer.of(recipe)
-    reader = trainer.batches.read()
     if found := checkpoints.latest(trainer.state):
         trainer.state, read = found
         if read["digest"] != trainer.batches.chats.digest:
             raise InputError(f"{recipe.data}: has changed since the run in {out} began; choose another directory")
-        reader.set_state(read["state"])
-    history = History(out, recipe, int(trainer.state.step), trainer.loaded.config)
+    begun = int(trainer.state.step)
+    reader, history = trainer.batches.read(begun), History(out, recipe, begun, trainer.loaded.config)
     with closing(reader), _notice() as noticed, history:
         _run(trainer, reader, checkpoints, history, noticed)
+    gc.collect()  # grain's last batches hang on errors that hold themselves; their shared memory would be called leaked
     checkpoints.close()
     params = {name: leaf for name, leaf in trainer.state.params.items() if name != READING}
     result = write_trained(out, recipe, trainer.loaded.config, params)
@@ -220,28 +221,34 @@ def train(recipe: Recipe, out: str | os.PathLike[str]) -> dict[str, Any]:
 def _run(
     trainer: Trainer, reader: Any, checkpoints: Checkpoints, history: History, noticed: Callable[[int], bool]
 ) -> None:
-    recipe, begun = trainer.recipe, int(trainer.state.step)
-    ahead = None
-    for step in range(begun + 1, recipe.steps + 1):
+    """Steps to the last; while the devices are at one, the next is read and the one before is looked at."""
+    recipe, ahead, unseen = trainer.recipe, None, None
+    for step in range(history.begun + 1, recipe.steps + 1):
         batches = trainer.place(next(reader)) if ahead is None else ahead
         report = trainer.update(batches)
         due = step % recipe.save_every == 0 or step == recipe.steps
-        read = {"state": reader.get_state(), "digest": trainer.batches.chats.digest}
-        ahead = None if due else trainer.place(next(reader))  # while the devices are at this step
-        _check(trainer, step, report)
+        ahead = None if due else trainer.place(next(reader))
+        if unseen is not None:
+            _look(trainer, history, *unseen)
+        unseen = step, jax.tree.map(jax.typeof, batches), report  # the batch itself need not stay on the devices
         leaving = noticed(step)
-        loss = trainer.evaluate() if due and trainer.held_out is not None else None
-        history.add(step, batches, report, loss)
         if due or leaving:
+            loss = _look(trainer, history, *unseen, due)
+            unseen = None
             history.keep()
-            checkpoints.save(trainer.state, read, loss)
+            checkpoints.save(trainer.state, {"digest": trainer.batches.chats.digest}, loss)
         if leaving:
             checkpoints.close()
             raise Preempted(f"{checkpoints.out}: told to end; step {step} is saved, the same command goes on from it")
 
 
-def _check(trainer: Trainer, step: int, report: Report) -> None:
-    """Stop where the loss or its gradient is no number."""
+def _look(
+    trainer: Trainer, history: History, step: int, batches: Batch, report: Report, due: bool = False
+) -> float | None:
+    """Note a step and, where it is due, the loss of what is held out, which is returned.
+
+    Stops where the step's loss or its gradient is no number.
+    """
     loss, gradient = float(report.loss), float(report.gradient)
     if not (math.isfinite(loss) and math.isfinite(gradient)):
         lines = trainer.batches.lines(step - 1)
@@ -250,3 +257,6 @@ def _check(trainer: Trainer, step: int, report: Report) -> None:
             f"step {step}: loss {loss}, gradient {gradient}; its batch is {named} of "
             f"{trainer.batches.chats.path}; look at these, or lower learning_rate; the last checkpoint is from before"
         )
+    held_out = trainer.evaluate() if due and trainer.held_out is not None else None
+    history.add(step, batches, report, held_out)
+    return held_out
