@@ -22,7 +22,7 @@ from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
 from mllama_jax.model import layers
-from mllama_jax.model.hopper_int4 import Plan, for_rows
+from mllama_jax.model.hopper_rows import BITS, Plan, for_rows
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import abstract_parameters
 from mllama_jax.model.quantize import QUANTIZERS, count, product, to_int4, to_int8, widen
@@ -111,13 +111,21 @@ def test_a_gpu_reads_int4_kernels_by_sums_for_one_row(platform: str, dots: int) 
         ((1, 1), 512, 64, "float16", 0),
     ],
 )
-def test_a_hopper_gpu_has_a_kernel_for_few_rows_over_int4(
-    rows: tuple[int, int], inputs: int, outputs: int, dtype: str, kernels: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_a_hopper_gpu_has_a_kernel_for_few_rows(
+    quantize: str,
+    rows: tuple[int, int],
+    inputs: int,
+    outputs: int,
+    dtype: str,
+    kernels: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Lowered once for all layers."""
     monkeypatch.setattr(layers, "on_hopper", lambda *_: True)
     linear = layers.Linear("btd,cfd->btcf", (2, outputs // 2, inputs), (None, "mlp", "embed"))
-    params = jax.eval_shape(lambda: dict(zip(("kernel", "scale"), to_int4(jnp.ones(linear.shape)), strict=True)))
+    quantizer = QUANTIZERS[quantize]
+    params = jax.eval_shape(lambda: dict(zip(("kernel", "scale"), quantizer(jnp.ones(linear.shape)), strict=True)))
 
     def several(params: dict[str, jax.Array], x: jax.Array) -> list[jax.Array]:
         return [jnp.asarray(linear.apply({"params": params}, x + i)) for i in range(3)]
@@ -135,24 +143,26 @@ def test_a_hopper_gpu_has_a_kernel_for_few_rows_over_int4(
         pytest.param(4, 512, {"batch": "data", "mlp": "data"}, False, id="one axis for both"),
     ],
 )
+@pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_meshes_of_hopper_gpus_whose_parts_a_kernel_takes(
-    rows: int, inputs: int, table: dict[str, str], taken: bool
+    quantize: str, rows: int, inputs: int, table: dict[str, str], taken: bool
 ) -> None:
     rules = Rules.of(AbstractMesh((2, 2), ("data", "model")), table)
-    x, scale = jnp.zeros((rows, 1, inputs), "bfloat16"), jnp.zeros((64, inputs // 128), "bfloat16")
-    found: Any = for_rows(x, scale, (None, "mlp"), rules)
+    x, kernel = jnp.zeros((rows, 1, inputs), "bfloat16"), QUANTIZERS[quantize](jnp.ones((64, inputs)))
+    found: Any = for_rows(x, *kernel, (None, "mlp"), rules)
     assert (found is not None) == taken
 
 
+@pytest.mark.parametrize("bits", BITS.values())
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize(("width", "hidden", "heads"), [(4096, 14336, 32), (8192, 28672, 64)])
-def test_blocks_fill_a_hopper_gpu(width: int, hidden: int, heads: int, parts: int) -> None:
+def test_blocks_fill_a_hopper_gpu(width: int, hidden: int, heads: int, parts: int, bits: int) -> None:
     """The 11B's and the 90B's kernels, also over several: all their inputs, and no splits for a second round."""
     out = 2 * hidden, width, heads * 128, 2 * 8 * 128, 128256
     maps = [(each // parts, width) for each in out] + [(width, each // parts) for each in (hidden, heads * 128)]
     for outputs, inputs in maps:
         if outputs % 64 == 0:  # not the head's over eight
-            plan = Plan.of(outputs, inputs // 128)
+            plan = Plan.of(bits, outputs, inputs // 128)
             blocks = outputs // plan.outputs * plan.splits
             assert outputs % plan.outputs == 0
             assert plan.groups * plan.splits * plan.steps * 128 == inputs

@@ -54,8 +54,13 @@ class KVCache:
         def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, *(0,) * (old.ndim - 2)))
 
+        def put_each(old: jax.Array, new: jax.Array) -> jax.Array:
+            if len(start) == 1:  # of the scatter that vmap makes XLA makes three more kernels a layer on a GPU
+                return put(old[0], new[0], start[0])[None]
+            return jax.vmap(put)(old, new, start)
+
         start = positions[:, 0]
-        each = functools.partial(jax.tree.map, lambda old, new: jax.vmap(put)(old, new, start))
+        each = functools.partial(jax.tree.map, put_each)
         return KVCache(each(self.k, new.k), each(self.v, new.v))
 
     def placed(self, constrain: Callable[..., jax.Array], positions: str = "cache") -> KVCache:

@@ -129,16 +129,8 @@ def _halves(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> list[jax.A
     return [((packed >> shift & 15).astype(dtype) - 8) * scale for shift in (0, 4)]
 
 
-def int4_product(
-    equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array, few_rows: Callable | None = None
-) -> jax.Array:
-    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype.
-
-    Args:
-        few_rows: what computes it from x, packed and scale for few rows, where there is a kernel for these devices.
-    """
-    if few_rows is not None:
-        return few_rows(x, packed, scale)
+def int4_product(equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
+    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype."""
     # Else XLA widens all kernels before a loop of decode steps, and holds them.
     x, packed, scale = jax.lax.optimization_barrier((x, packed, scale))
     by_halves = functools.partial(_by_halves, equation)
@@ -181,8 +173,12 @@ def product(
 ) -> jax.Array:
     """`einsum(equation, x, kernel)` over the last axis of x [..., in] and of a quantised kernel [out..., in].
 
-    On a mesh `in` is split in `parts`; `few_rows` is as in `int4_product`. The gradient of x is that of the product
-    with the whole activations, as if rounding were smooth; kernel and scale have none.
+    The gradient of x is that of the product with the whole activations, as if rounding were smooth; kernel and scale
+    have none.
+
+    Args:
+        parts: in which a mesh splits `in`.
+        few_rows: what computes it from x, kernel and scale for few rows, where these devices have a kernel for that.
     """
     y: Any = _product(equation, parts, few_rows, x, kernel, scale)
     return y
@@ -192,9 +188,11 @@ def product(
 def _product(
     equation: str, parts: int, few_rows: Callable | None, x: jax.Array, kernel: jax.Array, scale: jax.Array
 ) -> jax.Array:
+    if few_rows is not None:
+        return few_rows(x, kernel, scale)
     if kernel.dtype == jnp.int8:
         return int8_product(equation, x, kernel, scale, parts)
-    return int4_product(equation, x, kernel, scale, few_rows)
+    return int4_product(equation, x, kernel, scale)
 
 
 def _forward(

@@ -1,8 +1,8 @@
-"""Products of up to 32 rows of activations with kernels in int4, on a Hopper GPU by one Pallas kernel: `y = x W^T`.
+"""Products of up to 32 rows of activations with kernels in int4 or int8, on a Hopper GPU by one Pallas kernel: x W^T.
 
 A warpgroup computes 64 outputs, which are the rows of the tensor cores' product W x^T, so that few activations are few
-columns. One more warpgroup loads. Packed numbers are widened in registers and multiplied from there; a group's sums
-are float32 when its scale is applied.
+columns. One more warpgroup loads. Numbers are widened in registers and multiplied from there, by activations that are
+not quantised; sums are float32 when a scale is applied.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ MOST = 32  # rows of activations
 OUTPUTS = 64  # of a warpgroup
 BLOCKS = 132  # that run at once: multiprocessors of an H100
 STAGES, ROOM = 4, 220 * 1024  # steps that are loaded ahead, and bytes that they may take
+BITS = {jnp.dtype("uint8"): 4, jnp.dtype("int8"): 8}
 
 
-def for_rows(x: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -> Callable | None:
+def for_rows(x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -> Callable | None:
     """`product` for activations like x; on a mesh each device has its part of a kernel with these logical axes.
 
     None for more rows, other dtypes, kernels of which a part is not of whole groups and whole warpgroups, and where a
@@ -41,10 +42,10 @@ def for_rows(x: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -
     """
     *of_outputs, inside = axes
     batch: Axes = ("batch", *(None,) * (x.ndim - 2))
-    parts = constrain.parts("batch")
-    outputs = math.prod(scale.shape[:-1]) / math.prod(map(constrain.parts, of_outputs))
-    groups = scale.shape[-1] / constrain.parts(inside)
-    if x.dtype != jnp.bfloat16 or x.shape[-1] != scale.shape[-1] * GROUP or outputs % OUTPUTS or groups % 1:
+    parts, inputs = constrain.parts("batch"), x.shape[-1]
+    outputs = math.prod(kernel.shape[:-1]) / math.prod(map(constrain.parts, of_outputs))
+    whole = scale.ndim < kernel.ndim or scale.shape[-1] * GROUP == inputs
+    if x.dtype != jnp.bfloat16 or not whole or outputs % OUTPUTS or inputs / constrain.parts(inside) % GROUP:
         return None
     if math.prod(x.shape[:-1]) > MOST * parts or x.shape[0] % parts:
         return None
@@ -54,7 +55,7 @@ def for_rows(x: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -
     def part(*arrays: jax.Array) -> jax.Array:
         return product(*arrays)[None]
 
-    local = constrain.local(part, ((*batch, inside), axes, axes), (inside, *batch, *of_outputs))
+    local = constrain.local(part, ((*batch, inside), axes, axes[: scale.ndim]), (inside, *batch, *of_outputs))
     return lambda *arrays: local(*arrays).sum(axis=0)
 
 
@@ -64,28 +65,31 @@ class Plan:
 
     Attributes:
         warpgroups: that compute in a block, OUTPUTS each.
+        bits: of a number.
         groups: of inputs, in a step.
         splits: blocks that share the inputs.
         steps: of a block.
     """
 
+    bits: int
     warpgroups: int
     groups: int
     splits: int
     steps: int
 
     @classmethod
-    def of(cls, outputs: int, groups: int) -> Plan:
+    def of(cls, bits: int, outputs: int, groups: int) -> Plan:
         """For a kernel with so many outputs and groups of inputs.
 
-        The widest blocks of which every multiprocessor can have 16 groups, for these read the activations less often;
-        and as many splits as run at once.
+        The widest blocks of which every multiprocessor can have rows of a kilobyte, for these read the activations
+        less often; and as many splits as run at once.
         """
-        wide = (n for n in (4, 2) if outputs % (n * OUTPUTS) == 0 and outputs // (n * OUTPUTS) * groups >= 16 * BLOCKS)
-        warpgroups, at_once = next(wide, 1), math.gcd(groups, 4)
+        row = groups * GROUP * bits // 8
+        wide = (n for n in (4, 2) if outputs % (n * OUTPUTS) == 0 and outputs // (n * OUTPUTS) * row >= 1024 * BLOCKS)
+        warpgroups, at_once = next(wide, 1), math.gcd(groups, 16 // bits)
         most, steps = max(BLOCKS * warpgroups * OUTPUTS // outputs, 1), groups // at_once
         splits = max(n for n in range(1, most + 1) if steps % n == 0)
-        return cls(warpgroups, at_once, splits, steps // splits)
+        return cls(bits, warpgroups, at_once, splits, steps // splits)
 
     @property
     def outputs(self) -> int:
@@ -97,45 +101,55 @@ class Plan:
         """Of a step."""
         return self.groups * GROUP
 
+    @property
+    def width(self) -> int:
+        """Of a group, in bytes."""
+        return GROUP * self.bits // 8
+
 
 @jax.jit  # so that the kernel is lowered once for all layers
-def product(x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
-    """Activations bfloat16 [..., in] of up to MOST rows by a kernel as `to_int4` makes it: [..., out...].
+def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """Activations bfloat16 [..., in] of up to MOST rows by a quantised kernel: [..., out...].
 
     Args:
-        packed: uint8 [out..., in / 2].
-        scale: bfloat16 [out..., in / GROUP].
+        kernel: as `to_int4` makes it, uint8 [out..., in / 2], or `to_int8`, int8 [out..., in].
+        scale: bfloat16 [out..., in / GROUP] or float32 [out...].
     """
-    shape = *x.shape[:-1], *packed.shape[:-1]
-    x, packed, scale = (array.reshape(-1, array.shape[-1]) for array in (x, packed, scale))
-    rows, (outputs, groups) = x.shape[0], scale.shape
-    columns = pl.cdiv(rows, 8) * 8
-    plan = Plan.of(outputs, groups)
+    shape = *x.shape[:-1], *kernel.shape[:-1]
+    x, kernel = (array.reshape(-1, array.shape[-1]) for array in (x, kernel))
+    (rows, inputs), scale = x.shape, scale.reshape(len(kernel), -1)
+    bits, columns = BITS[kernel.dtype], pl.cdiv(rows, 8) * 8
+    plan, of_groups = Plan.of(bits, len(kernel), inputs // GROUP), [scale] if bits == 4 else []
     sums = gpu.kernel(
         functools.partial(_block, plan),
-        out_type=jax.ShapeDtypeStruct((plan.splits, outputs, columns), jnp.float32),
-        grid=(outputs // plan.outputs, plan.splits),
+        out_type=jax.ShapeDtypeStruct((plan.splits, len(kernel), columns), jnp.float32),
+        grid=(len(kernel) // plan.outputs, plan.splits),
         grid_names=("block", "split"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-    )(jnp.pad(in_order(x), ((0, columns - rows), (0, 0))), packed, scale)
-    return sums.sum(axis=0)[:, :rows].T.astype(x.dtype).reshape(shape)
+    )(jnp.pad(in_order(x, bits), ((0, columns - rows), (0, 0))), kernel, *of_groups)
+    y = sums.sum(axis=0)[:, :rows].T
+    return (y if of_groups else y * scale[:, 0]).astype(x.dtype).reshape(shape)
 
 
-def in_order(x: jax.Array) -> jax.Array:
+def in_order(x: jax.Array, bits: int) -> jax.Array:
     """x [B, in] in the order in which `_widened` has a group's numbers.
 
-    A thread reads 16 bytes of a row, of which byte 4 v + 2 e + b holds two numbers, p = 0 and 1: with those of its
-    neighbour e they are a pair. The four threads q of a row then have columns 2 q + e of the product with v, b and p.
+    A thread reads 16 bytes of a row at once, and has numbers of byte 4 v + 2 e + b beside those of its neighbour e.
+    The four threads q of a row then have columns 2 q + e of the product with v and b; and with p, as a byte of int4
+    holds two numbers, or h, as a row in int8 has twice the bytes.
     """
-    return rearrange(x, "B (z p q v e b) -> B (z v b p q e)", z=x.shape[1] // GROUP, p=2, q=4, v=4, e=2, b=2)
+    orders = {4: "B (z p q v e b) -> B (z v b p q e)", 8: "B (z h q v e b) -> B (z h v b q e)"}
+    z = x.shape[1] // GROUP
+    return rearrange(x, orders[bits], z=z, q=4, v=4, e=2, b=2)
 
 
-def _block(plan: Plan, x: Any, packed: Any, scale: Any, y: Any) -> None:
+def _block(plan: Plan, x: Any, kernel: Any, *scale_and_y: Any) -> None:
     """What a block does: its outputs' sums over the inputs of its split, [plan.outputs, columns]."""
+    *scale, y = scale_and_y
     columns, split = x.shape[0], lax.axis_index("split")
     start = lax.axis_index("block") * plan.outputs
-    stages = min(STAGES, plan.steps, ROOM // (plan.inputs * (plan.outputs // 2 + columns * 2)))
+    stages = min(STAGES, plan.steps, ROOM // (plan.groups * (plan.outputs * plan.width + columns * GROUP * 2)))
 
     def slot(step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.array(stages, step.dtype))
@@ -149,13 +163,15 @@ def _block(plan: Plan, x: Any, packed: Any, scale: Any, y: Any) -> None:
 
             def step(i: jax.Array, acc: jax.Array) -> jax.Array:
                 here, first = slot(i), (split * plan.steps + i) * plan.groups
-                scales = [_column(scale.at[own, first + g]) for g in range(plan.groups)]
+                scales = [_column(each.at[own, first + g]) for each in scale for g in range(plan.groups)]
                 gpu.barrier_wait(ready.at[here])
                 rows = numbers.at[here, pl.ds(warpgroup * OUTPUTS, OUTPUTS)]
-                for g, by in enumerate(scales):
-                    w = _widened(rows.at[:, pl.ds(g * GROUP // 2, GROUP // 2)])
+                for g in range(plan.groups):
+                    w = _widened(rows.at[:, pl.ds(g * plan.width, plan.width)], plan.bits)
                     sums = _sums(w, inputs.at[here, :, pl.ds(g * GROUP, GROUP)])
-                    acc += sums * lax.broadcast_in_dim(by.astype(jnp.float32), sums.shape, [0])
+                    if scales:
+                        sums *= lax.broadcast_in_dim(scales[g].astype(jnp.float32), sums.shape, [0])
+                    acc += sums
                 gpu.barrier_arrive(free.at[here])
                 return acc
 
@@ -165,8 +181,8 @@ def _block(plan: Plan, x: Any, packed: Any, scale: Any, y: Any) -> None:
         @pl.when(warpgroup == plan.warpgroups)
         def _() -> None:
             def load(step: Any, at: Any) -> None:
-                rows, across = pl.ds(start, plan.outputs), split * plan.steps + step
-                there = packed.at[rows, pl.ds(across * (plan.inputs // 2), plan.inputs // 2)]
+                across, size = split * plan.steps + step, plan.groups * plan.width
+                there = kernel.at[pl.ds(start, plan.outputs), pl.ds(across * size, size)]
                 gpu.copy_gmem_to_smem(there, numbers.at[at], ready.at[at])
                 gpu.copy_gmem_to_smem(x.at[:, pl.ds(across * plan.inputs, plan.inputs)], inputs.at[at], ready.at[at])
 
@@ -185,7 +201,7 @@ def _block(plan: Plan, x: Any, packed: Any, scale: Any, y: Any) -> None:
     transforms = mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128)
     pl.run_scoped(
         scoped,
-        gpu.SMEM((stages, plan.outputs, plan.inputs // 2), jnp.uint8),
+        gpu.SMEM((stages, plan.outputs, plan.groups * plan.width), kernel.dtype),
         gpu.SMEM((stages, columns, plan.inputs), x.dtype, transforms=transforms),
         gpu.Barrier(num_arrivals=2, num_barriers=stages),
         gpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=stages),
@@ -209,46 +225,52 @@ def _sums(w: jax.Array, x: Any) -> jax.Array:
     return pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((OUTPUTS, x.shape[0]), jnp.float32))
 
 
-def _widened(packed: Any) -> jax.Array:
-    """Bytes [OUTPUTS, GROUP / 2] in shared memory as bfloat16 [OUTPUTS, GROUP], in the order of `in_order`."""
+def _widened(numbers: Any, bits: int) -> jax.Array:
+    """Bytes [OUTPUTS, GROUP bits / 8] in shared memory as bfloat16 [OUTPUTS, GROUP], in the order of `in_order`."""
     shape = gpu.ShapeDtypeStruct((OUTPUTS, GROUP), jnp.dtype("bfloat16"), layout=gpu.Layout.WGMMA)
-    widen: Any = gpu.inline_mgpu(arg_types=(gpu.RefType(),), return_type=shape)(_unpacked)
-    return widen(packed)
+    unpacked = functools.partial(_unpacked, bits)
+    widen: Any = gpu.inline_mgpu(arg_types=(gpu.RefType(),), return_type=shape)(unpacked)
+    return widen(numbers)
 
 
-def _unpacked(_: Any, ref: Any) -> Any:
-    """What a thread has of `_widened`: two numbers at a time, as bits 0 to 3 and 16 to 19 of a shifted word.
+# Two numbers at once, from a word $1 that was shifted: below the bits 0x4300 seven bits u are the bfloat16 128 + u.
+# In int4 eight was added to a number, and 136 is taken; in int8 u is taken less 128 for the sign, the eighth bit.
+ASM = {
+    4: "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, $2;",
+    8: "lop3.b32 s, t, 0x00800080, $2, 0xea; lop3.b32 t, t, 0x007f007f, $2, 0xea; sub.rn.bf16x2 $0, t, s;",
+}
+TAKEN = {4: 0x43084308, 8: 0x43004300}
 
-    Below the bits 0x4300 a number u is the bfloat16 128 + u, from which 136 is taken.
-    """
+
+def _unpacked(bits: int, _: Any, ref: Any) -> Any:
+    """What a thread has of `_widened`, in registers of two numbers."""
     i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
 
     def constant(x: int) -> Any:
         return arith.constant(i32, ir.IntegerAttr.get(i32, x))
 
-    def word(row: Any, v: int) -> Any:
-        return vector.extract(words[row], dynamic_position=[], static_position=[v])
+    def word(half: int, h: int, v: int) -> Any:
+        return vector.extract(words[half, h], dynamic_position=[], static_position=[v])
 
     (pitch, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
     thread, base = utils.thread_idx(), utils.memref_ptr(ref)
     lane, warp = arith.andi(thread, constant(31)), arith.andi(arith.shrui(thread, constant(5)), constant(3))
     row = arith.addi(arith.muli(warp, constant(16)), arith.shrui(lane, constant(2)))
     at = arith.addi(arith.muli(row, constant(pitch)), arith.muli(arith.andi(lane, constant(3)), constant(16)))
-    words = []
-    for half in range(2):
-        offset = arith.addi(at, constant(8 * pitch * half))
+    words = {}
+    for half, h in np.ndindex(2, bits // 4):
+        offset = arith.addi(at, constant(8 * pitch * half + 64 * h))
         i8, free = ir.IntegerType.get_signless(8), llvm.GEPNoWrapFlags.none
         there = llvm.getelementptr(base.type, base, [offset], [-(2**31)], i8, free)
-        words.append(llvm.load(ir.VectorType.get((4,), i32), there, alignment=16))
-    found = np.empty((GROUP // 8, 2), dtype=object)
-    for v, b, p, half in np.ndindex(4, 2, 2, 2):
-        asm = (
-            f"{{ .reg .b32 t; shr.b32 t, $1, {8 * b + 4 * p}; "
-            "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, $2; }"
-        )
-        two: Any = llvm.inline_asm(i32, [word(half, v), constant(0x43084308)], asm, "=r,r,r", asm_dialect=0)
+        words[half, h] = llvm.load(ir.VectorType.get((4,), i32), there, alignment=16)
+    found = []
+    for h, v, b, p, half in np.ndindex(bits // 4, 4, 2, 8 // bits, 2):
+        asm = f"{{ .reg .b32 s, t; shr.b32 t, $1, {8 * b + 4 * p}; {ASM[bits]} }}"
+        operands = [word(half, h, v), constant(TAKEN[bits])]
+        two: Any = llvm.inline_asm(i32, operands, asm, "=r,r,r", asm_dialect=0)
         two = vector.broadcast(ir.VectorType.get((1,), i32), two)
-        found[4 * v + 2 * b + p, half] = vector.bitcast(ir.VectorType.get((2,), bf16), two)
-    layout = fragmented_array.WGMMA_LAYOUT
-    registers = found.reshape(layout.registers_shape((OUTPUTS, GROUP)))
+        found.append(vector.bitcast(ir.VectorType.get((2,), bf16), two))
+    layout, registers = fragmented_array.WGMMA_LAYOUT, np.empty(len(found), dtype=object)
+    registers[:] = found
+    registers = registers.reshape(layout.registers_shape((OUTPUTS, GROUP)))
     return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
