@@ -168,7 +168,6 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
     import jax
 
     from mllama_jax.bench_model import Bench
-    from mllama_jax.generate.decode import STEPS
 
     bench, known = Bench.of(config, dtype, devices, args.cache), chip()
     jobs = {f"decode, {rows} rows with a picture": bench.decode(rows, args.context, True) for rows in args.rows}
@@ -184,8 +183,7 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
     while jobs:  # a job keeps the arrays that it was run on
         name = next(iter(jobs))
         job = jobs.pop(name)
-        steps = STEPS if name.startswith("decode") else 1
-        times = [1e3 * seconds / steps for seconds in measure(job.run, args.repeat)]
+        times = [1e3 * seconds / job.times for seconds in measure(job.run, args.repeat)]
         floor, limit = job.floor, (None, None) if known is None else job.floor.limit(known, dtype)
         spread = statistics.median(times), min(times), max(times)
         work = floor.read, floor.weight_flops + floor.flops

@@ -26,6 +26,8 @@ from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.roofline import decode_weights
 from mllama_jax.sharding.rules import Rules, mesh_axes, preset_rules
 
+DISPATCHES = 4  # of decode steps, one right behind the other as in an answer, at most
+
 # ---- Floors -------------------------------------------------------------------------------------------------------
 
 
@@ -76,11 +78,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A function to time, the floor of what it does, and the programs it calls."""
+    """A function to time, the floor of what it does, the programs it calls, and how many times it does it."""
 
     run: Callable[[], Any]
     floor: Floor
     programs: tuple[Program, ...]
+    times: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +111,10 @@ class Bench:
         return self.model.config.vision
 
     def decode(self, rows: int, context: int, pictures: bool) -> Job:
-        """A dispatch of decode steps, of which the last fills the cache."""
+        """Dispatches of decode steps, of which the last fills the cache."""
         text, vision = self.model.config.text, self.model.config.vision if pictures else None
-        position = jnp.full(rows, context - decode.STEPS, jnp.int32)
+        dispatches = min(DISPATCHES, (context - 1) // decode.STEPS)
+        position = jnp.full(rows, context - dispatches * decode.STEPS, jnp.int32)
         token = jnp.arange(rows, dtype=jnp.int32)
         settings = self._settings(rows)
 
@@ -134,18 +138,21 @@ class Bench:
         program = self._program(decode.decode, start(cache), cross, settings, steps=decode.STEPS, top=0)
         filled: list[Any] = []
 
-        def dispatch() -> Any:
+        def run() -> Any:
             cache, cross = filled.pop() if filled else fill()
-            after, block, _ = program(start(cache), cross, settings, steps=decode.STEPS)
-            filled.append((after.cache, cross))
-            return block
+            state = start(cache)
+            for _ in range(dispatches):
+                state, _, _ = program(state, cross, settings, steps=decode.STEPS)
+            filled.append((state.cache, cross))
+            return state.token
 
         keys = context * len(text.self_layers)
         if cross is not None:
             keys += cross.layers[0].length * len(text.cross_layers)
         numbers = sum(map(count, jax.tree.leaves(weights)))
         flops = 4 * rows * text.heads * text.head_dim * keys
-        return Job(dispatch, Floor(read, 2 * rows * numbers / self.devices, flops / self.devices), (program,))
+        floor = Floor(read, 2 * rows * numbers / self.devices, flops / self.devices)
+        return Job(run, floor, (program,), dispatches * decode.STEPS)
 
     def encode(self, images: int) -> Job:
         """The vision tower and the projector on pictures of all tiles."""

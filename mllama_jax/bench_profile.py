@@ -36,14 +36,13 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=20, help="kernels to tell")
     args = parser.parse_args()
     from mllama_jax.bench_model import Bench
-    from mllama_jax.generate.decode import STEPS
     from mllama_jax.planner import config_of
 
     bench = Bench.of(config_of(args.model), args.dtype, args.mesh, args.cache)
     jobs = {name: job(bench, name) for name in args.jobs}
     for name, each in jobs.items():
-        steps = STEPS if name.startswith(("decode", "text")) else 1
-        print("\n".join([f"{name}, {args.dtype}, {args.mesh} devices", *table(profiled(each), steps, args.top), ""]))
+        lines = table(profiled(each), each.times, args.top)
+        print("\n".join([f"{name}, {args.dtype}, {args.mesh} devices", *lines, ""]))
 
 
 def job(bench: Bench, name: str) -> Job:

@@ -328,7 +328,7 @@ def test_many_pictures_let_the_others_go_on(
 
 @pytest.mark.usefixtures("brisk")
 def test_the_next_block_is_under_way_when_one_comes(tiny: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU its dispatch lasts as long as itself, so nobody waits for that; but not where someone could be read."""
+    """On several GPUs a dispatch lasts as long as a block: nobody waits for that, but where someone could be read."""
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
     serve_once(served, first := ask(tiny, [512, 1], new=40))  # read
     happened, came, run, fetch = [], threading.Semaphore(1), decode.decode, decode.on_host

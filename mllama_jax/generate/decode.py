@@ -24,6 +24,12 @@ CHUNK = 2048  # tokens of a prompt read at once
 STEPS = 32  # decode steps in one dispatch at most
 SCORED = 128  # positions whose logits are made at once
 
+# XLA's own choice, and loops and conditions too: a GPU runs a dispatch as one CUDA graph and asks its host nothing
+# meanwhile, so that dispatches return at once, as elsewhere, and can follow each other without a gap.
+ONE_GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+
 
 def chunk() -> int:
     """CHUNK, or more on a GPU: cuDNN's causal attention only knows prompts that are read from their beginning."""
@@ -66,6 +72,15 @@ class Made:
     logprob: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
+
+
+def returns_at_once(columns: jax.Array) -> bool:
+    """Whether the dispatch of `decode` that gave this was back before its block had come.
+
+    Not on several GPUs: collectives are no part of XLA's CUDA graphs, so the host is asked before each step.
+    """
+    devices = columns.sharding.device_set
+    return len(devices) == 1 or next(iter(devices)).platform != "gpu"
 
 
 def on_host(tree: Any) -> Any:
@@ -212,7 +227,7 @@ def prefill(
     return choose(call(model, params, "logits", last), state, settings, top)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="state", compiler_options=ONE_GRAPH)
 def decode(
     model: MllamaModel,
     params: Params,

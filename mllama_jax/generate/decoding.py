@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -37,18 +38,34 @@ def blocks(
     settings = Settings.of([each.params for each in answers], prompts, model.config.stops, model.config.text.vocab)
     state, first = decode.prefill(model, params, *rows, cache, cross, settings, top=top)
     yield jax.tree.map(lambda x: x[:, None], decode.on_host(first)), [1] * len(answers)
-    text = None
     if lookup:
         length, image_token = state.cache[0].length, model.config.image_token
         text = speculate.begin(draft, *rows, state.token, settings, image_token=image_token, length=length, k=lookup)
-    while not all(answer.finish_reason for answer in answers):
-        ended = np.array([answer.finish_reason is not None for answer in answers])  # by a stop text, which we see
-        state = state.replace(done=state.done | ended)
-        if text is not None:
+        while _go_on(answers):
             state, text, block, columns, _ = speculate.decode(
-                model, params, draft, state, text, cross, settings, steps=STEPS, top=top, k=lookup
+                model, params, draft, _ended(state, answers), text, cross, settings, steps=STEPS, top=top, k=lookup
             )
             yield decode.on_host(block), decode.on_host(columns).tolist()
-        else:
-            state, block, columns = decode.decode(model, params, state, cross, settings, steps=STEPS, top=top)
-            yield decode.on_host(block), [int(columns)] * len(answers)
+        return
+
+    def dispatch(state: decode.State) -> tuple[decode.State, Made, jax.Array]:
+        return decode.decode(model, params, _ended(state, answers), cross, settings, steps=STEPS, top=top)
+
+    following = None
+    while _go_on(answers):
+        state, block, columns = following or dispatch(state)
+        # To gather a block from several processes is itself a program, behind the next block.
+        ahead = _go_on(answers, STEPS) and decode.returns_at_once(columns) and columns.is_fully_addressable
+        following = dispatch(state) if ahead else None
+        yield decode.on_host(block), [int(columns)] * len(answers)
+
+
+def _go_on(answers: Sequence[Answer], tokens: int = 0) -> bool:
+    """Whether there are answers that want more than so many tokens."""
+    return any(a.finish_reason is None and a.params.max_new_tokens > len(a.tokens) + tokens for a in answers)
+
+
+def _ended(state: decode.State, answers: Sequence[Answer]) -> decode.State:
+    """The state where answers have ended by a stop text, which only the host sees."""
+    ended = np.array([answer.finish_reason is not None for answer in answers])
+    return dataclasses.replace(state, done=state.done | ended)

@@ -107,13 +107,12 @@ def run(config: MllamaConfig, name: str, rounds: int, told: Told) -> None:
     """Measure decoding alone, the engine, and the server."""
     from mllama_jax.api import Mllama
     from mllama_jax.bench_model import Bench
-    from mllama_jax.generate.decode import STEPS
     from mllama_jax.processing.chat import load_template
     from mllama_jax.serve.service import Limits, Service
 
     bare = Bench.of(config, "bfloat16")
     job = bare.decode(ROWS, PROMPT + NEW, True)
-    told.add("decode alone", tokens=ROWS * STEPS / statistics.median(bench.measure(job.run, 5)))
+    told.add("decode alone", tokens=ROWS * job.times / statistics.median(bench.measure(job.run, 5)))
     del job  # and its caches
     with tempfile.TemporaryDirectory() as directory:
         place, tokenizer = Path(directory), made_up_tokenizer(config.text.vocab, Path(directory))
