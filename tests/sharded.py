@@ -162,6 +162,8 @@ def few(directory: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "on_hopper", lambda *_: True)
         patch.setattr(hopper_rows, "product", product)
+        patch.setattr(hopper_rows, "MOST", {4: 32, 8: 32})
+        patch.setattr(hopper_rows, "LEAST", {4: 64, 8: 64})
         for preset, axes in (("serve", {"data": 2, "kv": 2, "q": 2}), ("fsdp+tensor", {"fsdp": 4, "tensor": 2})):
             rules, errors = preset_rules(preset, config, make_mesh(axes, jax.devices())), []
             met.clear()

@@ -21,7 +21,7 @@ from mllama_jax.config import PRESETS
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
-from mllama_jax.model import layers
+from mllama_jax.model import hopper_rows, layers
 from mllama_jax.model.hopper_rows import BITS, Plan, for_rows
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import abstract_parameters
@@ -101,17 +101,20 @@ def test_a_gpu_reads_int4_kernels_by_sums_for_one_row(platform: str, dots: int) 
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "dtype", "kernels"),
+    ("quantize", "rows", "inputs", "outputs", "dtype", "kernels"),
     [
-        ((1, 1), 512, 64, "bfloat16", 1),
-        ((8, 4), 512, 64, "bfloat16", 1),
-        ((3, 11), 512, 64, "bfloat16", 0),  # more rows
-        ((1, 1), 352, 64, "bfloat16", 0),  # groups of 88
-        ((1, 1), 512, 96, "bfloat16", 0),  # a warpgroup and a half
-        ((1, 1), 512, 64, "float16", 0),
+        ("int4", (1, 1), 512, 64, "bfloat16", 1),
+        ("int4", (8, 4), 512, 64, "bfloat16", 1),
+        ("int4", (3, 11), 512, 64, "bfloat16", 0),  # more rows
+        ("int4", (1, 1), 352, 64, "bfloat16", 0),  # groups of 88
+        ("int4", (1, 1), 512, 96, "bfloat16", 0),  # a warpgroup and a half
+        ("int4", (1, 1), 512, 64, "float16", 0),
+        ("int8", (1, 1), 8192, 57344, "bfloat16", 1),  # the 90B's
+        ("int8", (2, 1), 8192, 57344, "bfloat16", 0),  # which XLA is faster at, as at the 11B's
+        ("int8", (1, 1), 4096, 28672, "bfloat16", 0),
+        ("int8", (1, 1), 14336, 4096, "bfloat16", 0),
     ],
 )
-@pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_a_hopper_gpu_has_a_kernel_for_few_rows(
     quantize: str,
     rows: tuple[int, int],
@@ -145,8 +148,10 @@ def test_a_hopper_gpu_has_a_kernel_for_few_rows(
 )
 @pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_meshes_of_hopper_gpus_whose_parts_a_kernel_takes(
-    quantize: str, rows: int, inputs: int, table: dict[str, str], taken: bool
+    quantize: str, rows: int, inputs: int, table: dict[str, str], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hopper_rows, "MOST", {4: 32, 8: 32})
+    monkeypatch.setattr(hopper_rows, "LEAST", {4: 32, 8: 32})
     rules = Rules.of(AbstractMesh((2, 2), ("data", "model")), table)
     x, kernel = jnp.zeros((rows, 1, inputs), "bfloat16"), QUANTIZERS[quantize](jnp.ones((64, inputs)))
     found: Any = for_rows(x, *kernel, (None, "mlp"), rules)

@@ -27,27 +27,31 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from mllama_jax.model.layers import Axes, Constrain
 from mllama_jax.model.quantize import GROUP
 
-MOST = 32  # rows of activations
 OUTPUTS = 64  # of a warpgroup
 BLOCKS = 132  # that run at once: multiprocessors of an H100
 STAGES, ROOM = 4, 220 * 1024  # steps that are loaded ahead, and bytes that they may take
 BITS = {jnp.dtype("uint8"): 4, jnp.dtype("int8"): 8}
 
+# By bits of a number, for how many rows of activations at most this is faster than XLA's product, and for how many
+# outputs and inputs of a device at least: in int8 for one row alone, by kernels as wide as the 90B's.
+MOST, LEAST = {4: 32, 8: 1}, {4: OUTPUTS, 8: 8192}
+
 
 def for_rows(x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: Axes, constrain: Constrain) -> Callable | None:
     """`product` for activations like x; on a mesh each device has its part of a kernel with these logical axes.
 
-    None for more rows, other dtypes, kernels of which a part is not of whole groups and whole warpgroups, and where a
-    mesh does not divide the rows, or splits them by an axis that splits the kernel too.
+    None for more rows and narrower kernels than it is made for, for other dtypes, kernels of which a part is not of
+    whole groups and whole warpgroups, and where a mesh does not divide the rows, or splits them by an axis that splits
+    the kernel too.
     """
     *of_outputs, inside = axes
     batch: Axes = ("batch", *(None,) * (x.ndim - 2))
-    parts, inputs = constrain.parts("batch"), x.shape[-1]
+    parts, inputs, bits = constrain.parts("batch"), x.shape[-1] / constrain.parts(inside), BITS[kernel.dtype]
     outputs = math.prod(kernel.shape[:-1]) / math.prod(map(constrain.parts, of_outputs))
-    whole = scale.ndim < kernel.ndim or scale.shape[-1] * GROUP == inputs
-    if x.dtype != jnp.bfloat16 or not whole or outputs % OUTPUTS or inputs / constrain.parts(inside) % GROUP:
+    whole = scale.ndim < kernel.ndim or scale.shape[-1] * GROUP == x.shape[-1]
+    if x.dtype != jnp.bfloat16 or not whole or outputs % OUTPUTS or inputs % GROUP:
         return None
-    if math.prod(x.shape[:-1]) > MOST * parts or x.shape[0] % parts:
+    if math.prod(x.shape[:-1]) > MOST[bits] * parts or x.shape[0] % parts or min(outputs, inputs) < LEAST[bits]:
         return None
     if any(axis in constrain.axes("batch") for name in axes for axis in constrain.axes(name)):
         return None
@@ -109,7 +113,7 @@ class Plan:
 
 @jax.jit  # so that the kernel is lowered once for all layers
 def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """Activations bfloat16 [..., in] of up to MOST rows by a quantised kernel: [..., out...].
+    """Activations bfloat16 [..., in] of up to 32 rows by a quantised kernel: [..., out...].
 
     Args:
         kernel: as `to_int4` makes it, uint8 [out..., in / 2], or `to_int8`, int8 [out..., in].
