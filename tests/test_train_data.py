@@ -61,10 +61,11 @@ def test_a_picture_in_an_answer_is_no_label(small: Mllama, tmp_path: Path) -> No
 def test_pictures_are_paths_or_bytes(small: Mllama, tmp_path: Path) -> None:
     write(tmp_path, [], tmp_path)
     data = base64.b64encode((tmp_path / "2.png").read_bytes()).decode()
-    content = [{"type": "image", "image": "2.png"}, {"type": "image"}, {"type": "image", "image": {"bytes": data}}]
+    content = [{"image": "2.png"}, {}, {"image": {"bytes": data}}, {"path": "2.png"}]
+    content = [{"type": "image"} | part for part in content]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Same."}]
     ((_, images),) = read(small, tmp_path, [{"messages": messages, "images": [{"path": "2.png", "bytes": None}]}])[0]
-    assert len(images) == 3
+    assert len(images) == 4
     for image in images[1:]:
         np.testing.assert_array_equal(image, images[0])
 

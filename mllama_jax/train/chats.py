@@ -13,6 +13,7 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,9 +99,12 @@ def _with_pictures(message: Any, following: Iterator[Any], sources: list[Path | 
     content = []
     for part in message["content"]:
         if isinstance(part, Mapping) and part.get("type") == "image":
-            source = part["image"] if part.get("image") is not None else next(following, None)
+            own = (part[key] for key in ("image", "path") if part.get(key) is not None)
+            source = next(itertools.chain(own, following), None)
             if source is None:
-                raise InputError("an image part without a picture; give it an 'image', or the line more 'images'")
+                raise InputError(
+                    "an image part without a picture; give it an 'image' or a 'path', or the line more 'images'"
+                )
             sources.append(_source(source, folder))
             part = {"type": "image", "image": _UNSEEN}
         content.append(part)

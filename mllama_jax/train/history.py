@@ -122,7 +122,7 @@ class History:
         loss.plot(steps, [line["loss"] for line in self.steps], label="training", linewidth=1)
         if held_out := [(line["step"], line["held_out_loss"]) for line in self.steps if "held_out_loss" in line]:
             loss.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=3)
-        loss.set(ylabel="loss", title=self.out)
+        loss.set(ylabel="loss", yscale="log", title=self.out)
         loss.legend()
         speed.plot(steps, [line["tokens_per_second"] for line in self.steps], color="tab:gray", linewidth=1)
         speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from mllama_jax.cli import main
+from mllama_jax.train.recipe import read_recipe
+from mllama_jax.train.trainer import Trainer
 from tests.training import Line, line, write
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,7 @@ def test_a_run_that_is_ended_anywhere_ends_as_one_that_is_not(tiny_directory: Pa
     assert main(["train", str(recipe), str(tmp_path / "whole")]) == 0
     out = tmp_path / "ended"
     for what, moment, number, code, kept in (
+        ("kill", "step", 2, -9, []),
         ("kill", "saving", 3, -9, []),
         ("term", "step", 4, 143, ["3", "5"]),  # noticed, one more step, saved
         ("term", "saving", 6, 143, ["3", "6", "7"]),
@@ -162,8 +165,12 @@ def test_a_directory_of_another_run_is_refused(
 def test_a_loss_that_is_no_number_names_its_batch(
     run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [line(i) for i in (2, 5, 8)]
-    code, said = run(capsys, tmp_path / "data", lines, learning_rate=1e30, clip=1e30, warmup=0.0, steps=20)
+    lines = [line(i) for i in (2, 5, 8, 11, 14)]
+    settings = {"learning_rate": 1e30, "clip": 1e30, "warmup": 0.0, "steps": 20}
+    code, said = run(capsys, tmp_path / "data", lines, **settings)
     assert code == 2
-    assert "its batch is lines 1, 2, 3 of " in said
+    step = int(said.partition("step ")[2].partition(":")[0])
+    batch = Trainer.of(read_recipe(tmp_path / "data/recipe.toml")).batches.lines
+    assert batch(step - 1) != batch(step)
+    assert f"its batch is lines {', '.join(map(str, batch(step - 1)))} of " in said
     assert said.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from mllama_jax.cli import main
 from mllama_jax.config import PRESETS
 from mllama_jax.sharding.fit_table import extrapolated, shallow
 from mllama_jax.sharding.hlo import Program
@@ -183,3 +185,14 @@ def test_a_training_step_is_planned(name: str, stand_in: str) -> None:
     assert (made.stand_in, made.mesh, made.fits) == (stand_in, {"fsdp": 4}, True)
     assert made.needed == made.frozen + made.trained + made.temporaries < made.usable == int(topology(name).chip.hbm)
     assert min(made.frozen, made.trained, made.temporaries) > 0
+
+
+def test_a_plan_of_training_is_told(small_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where, what = ["--topology", "v6e:2x2"], ["--train", "lora", "--slots", "4", "--context", "128"]
+    asked = ["plan", str(small_directory), *where, *what]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "lora, on v6e:2x2" in told
+    assert re.search(r"needed +\d+\.\d\d  of 31\.24: fits", told)
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
