@@ -187,7 +187,7 @@ class Mllama:
     ) -> Generator[str, None, None]:
         """Answer one conversation piece by piece; a piece never ends inside a character or a stop text.
 
-        Closing the iterator ends the work. `lookup` and `draft` as in `generate`.
+        Closing the iterator ends the work, but for a block that is under way. `lookup` and `draft` as in `generate`.
         """
         params, prompt = SamplingParams.of(settings), self.prompt(conversation, tools)
         if params.n != 1:

@@ -26,7 +26,7 @@ from mllama_jax.sharding.resolve import device_bytes, resolve
 from mllama_jax.sharding.roofline import decode_weights
 from mllama_jax.sharding.rules import Rules, mesh_axes, preset_rules
 
-DISPATCHES = 4  # of decode steps, one right behind the other as in an answer, at most
+DISPATCHES = 4  # of decode steps, one right behind the other as in an answer
 
 # ---- Floors -------------------------------------------------------------------------------------------------------
 
@@ -111,10 +111,9 @@ class Bench:
         return self.model.config.vision
 
     def decode(self, rows: int, context: int, pictures: bool) -> Job:
-        """Dispatches of decode steps, of which the last fills the cache."""
+        """Dispatches of decode steps, of which the last fills the cache; each begins where the first did."""
         text, vision = self.model.config.text, self.model.config.vision if pictures else None
-        dispatches = min(DISPATCHES, (context - 1) // decode.STEPS)
-        position = jnp.full(rows, context - dispatches * decode.STEPS, jnp.int32)
+        position = jnp.full(rows, context - decode.STEPS, jnp.int32)
         token = jnp.arange(rows, dtype=jnp.int32)
         settings = self._settings(rows)
 
@@ -135,16 +134,18 @@ class Bench:
         weights, full = self._decode_weights(vision is not None), fill()
         read = device_bytes((weights, full))
         cache, cross = full = jax.tree.map(_like, full)  # the memory is needed while this is timed, not before
-        program = self._program(decode.decode, start(cache), cross, settings, steps=decode.STEPS, top=0)
+        run_steps = decode.decoder(self.model.constrain.platform)
+        program = self._program(run_steps, start(cache), cross, settings, steps=decode.STEPS, top=0)
         filled: list[Any] = []
 
         def run() -> Any:
-            cache, cross = filled.pop() if filled else fill()
-            state = start(cache)
-            for _ in range(dispatches):
-                state, _, _ = program(state, cross, settings, steps=decode.STEPS)
-            filled.append((state.cache, cross))
-            return state.token
+            (cache, cross), tokens = filled.pop() if filled else fill(), []
+            for _ in range(DISPATCHES):
+                after, _, _ = program(start(cache), cross, settings, steps=decode.STEPS)
+                cache = after.cache
+                tokens.append(after.token)
+            filled.append((cache, cross))
+            return tokens
 
         keys = context * len(text.self_layers)
         if cross is not None:
@@ -152,7 +153,7 @@ class Bench:
         numbers = sum(map(count, jax.tree.leaves(weights)))
         flops = 4 * rows * text.heads * text.head_dim * keys
         floor = Floor(read, 2 * rows * numbers / self.devices, flops / self.devices)
-        return Job(run, floor, (program,), dispatches * decode.STEPS)
+        return Job(run, floor, (program,), DISPATCHES * decode.STEPS)
 
     def encode(self, images: int) -> Job:
         """The vision tower and the projector on pictures of all tiles."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import sys
 from collections import Counter
@@ -27,9 +26,9 @@ from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
 from mllama_jax.generate import speculate
-from mllama_jax.model import attention, hopper_rows, layers, tpu_attention
+from mllama_jax.model import attention, hopper_int4, layers, tpu_attention
 from mllama_jax.model.layers import Axes, Unconstrained, unconstrained
-from mllama_jax.model.quantize import QUANTIZERS, widen
+from mllama_jax.model.quantize import from_int4, to_int4
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.sharding.hlo import KINDS
 from mllama_jax.sharding.mesh import make_mesh
@@ -142,16 +141,15 @@ def _turned(equation: str) -> str:
 
 
 def few(directory: str) -> None:
-    """int4 and int8 for few rows, as on Hopper GPUs, on meshes against one device: errors, and what a device's
-    product is of.
+    """int4 for few rows, as on Hopper GPUs, on meshes against one device: errors, and what a device's product is of.
 
     Their kernel's product is made in float32.
     """
     config, met = read_config(open_checkpoint(Path(directory))), []
 
     def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        met.append((x.size // x.shape[-1], kernel.size // kernel.shape[-1], x.shape[-1]))
-        wide = widen(kernel, scale, jnp.dtype("float32"))
+        met.append((x.size // x.shape[-1], scale.size // scale.shape[-1], x.shape[-1]))
+        wide = from_int4(kernel, scale, jnp.dtype("float32"))
         return jnp.tensordot(x.astype("float32"), wide, (-1, -1), precision="highest")
 
     maps: list[tuple[str, tuple[int, ...], Axes]] = [
@@ -161,26 +159,24 @@ def few(directory: str) -> None:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "on_hopper", lambda *_: True)
-        patch.setattr(hopper_rows, "product", product)
-        patch.setattr(hopper_rows, "MOST", {4: 32, 8: 32})
-        patch.setattr(hopper_rows, "LEAST", {4: 64, 8: 64})
+        patch.setattr(hopper_int4, "product", product)
         for preset, axes in (("serve", {"data": 2, "kv": 2, "q": 2}), ("fsdp+tensor", {"fsdp": 4, "tensor": 2})):
             rules, errors = preset_rules(preset, config, make_mesh(axes, jax.devices())), []
             met.clear()
-            for (equation, shape, names), quantizer in itertools.product(maps, QUANTIZERS.values()):
-                kernel, scale = quantizer(jax.random.normal(jax.random.key(0), shape))
+            for equation, shape, names in maps:
+                kernel, scale = to_int4(jax.random.normal(jax.random.key(0), shape))
                 x = jax.random.normal(jax.random.key(1), (8, 1, shape[-1]), "bfloat16")
                 wanted = product(x, kernel, scale)
                 met.pop()
                 x, kernel, scale = (
                     jax.device_put(each, rules.sharding(*by))
-                    for each, by in ((x, ("batch",)), (kernel, names), (scale, names[: scale.ndim]))
+                    for each, by in ((x, ("batch",)), (kernel, names), (scale, names))
                 )
                 linear = layers.Linear(equation, shape, names, constrain=rules)
                 params = {"params": {"kernel": kernel, "scale": scale}}
                 y, pull = jax.vjp(jax.jit(functools.partial(linear.apply, params)), x)
                 errors.append(float(jnp.abs(y - wanted).max() / jnp.abs(wanted).max()))
-                turned = jnp.einsum(_turned(equation), y, widen(kernel, scale, y.dtype), precision="highest")
+                turned = jnp.einsum(_turned(equation), y, from_int4(kernel, scale, y.dtype), precision="highest")
                 gradient = pull(y)[0].astype("float32")  # in bfloat16, as x is
                 assert float(jnp.abs(gradient - turned).max() / jnp.abs(turned).max()) < 0.01
             print(json.dumps({"mesh": axes, "error": max(errors), "met": list(dict.fromkeys(met))}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from mllama_jax.config import PRESETS
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
-from mllama_jax.model import hopper_rows, layers
-from mllama_jax.model.hopper_rows import BITS, Plan, for_rows
+from mllama_jax.model import layers
+from mllama_jax.model.hopper_int4 import Plan, for_rows
 from mllama_jax.model.layers import Unconstrained
 from mllama_jax.model.mllama import abstract_parameters
 from mllama_jax.model.quantize import QUANTIZERS, count, product, to_int4, to_int8, widen
@@ -79,6 +80,17 @@ def test_int4_scales_are_those_of_least_squares() -> None:
     assert ours.sum() < (5 / 6) ** 2 * symmetric.sum()
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_gpu_has_a_long_int8_product_of_one_row_as_of_eight(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (1, 1, 8192)), (2, (2, 12, 8192))))
+    of_one = functools.partial(product, "btd,cfd->btcf", parts=parts)
+    run = jax.export.export(jax.jit(of_one), platforms=["cuda"])(x, *to_int8(kernel))
+    assert f"tensor<8x1x{parts}x{8192 // parts}xi8>" in run.mlir_module()
+    wanted = of_one(x, *to_int8(kernel))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    np.testing.assert_array_equal(of_one(x, *to_int8(kernel)), wanted)
+
+
 @pytest.mark.parametrize("rows", [(2, 7), (1, 1)])
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 0.01)])
 def test_an_int4_product_is_that_of_what_was_packed(dtype: str, error: float, rows: tuple[int, int]) -> None:
@@ -101,34 +113,23 @@ def test_a_gpu_reads_int4_kernels_by_sums_for_one_row(platform: str, dots: int) 
 
 
 @pytest.mark.parametrize(
-    ("quantize", "rows", "inputs", "outputs", "dtype", "kernels"),
+    ("rows", "inputs", "outputs", "dtype", "kernels"),
     [
-        ("int4", (1, 1), 512, 64, "bfloat16", 1),
-        ("int4", (8, 4), 512, 64, "bfloat16", 1),
-        ("int4", (3, 11), 512, 64, "bfloat16", 0),  # more rows
-        ("int4", (1, 1), 352, 64, "bfloat16", 0),  # groups of 88
-        ("int4", (1, 1), 512, 96, "bfloat16", 0),  # a warpgroup and a half
-        ("int4", (1, 1), 512, 64, "float16", 0),
-        ("int8", (1, 1), 8192, 57344, "bfloat16", 1),  # the 90B's
-        ("int8", (2, 1), 8192, 57344, "bfloat16", 0),  # which XLA is faster at, as at the 11B's
-        ("int8", (1, 1), 4096, 28672, "bfloat16", 0),
-        ("int8", (1, 1), 14336, 4096, "bfloat16", 0),
+        ((1, 1), 512, 64, "bfloat16", 1),
+        ((8, 4), 512, 64, "bfloat16", 1),
+        ((3, 11), 512, 64, "bfloat16", 0),  # more rows
+        ((1, 1), 352, 64, "bfloat16", 0),  # groups of 88
+        ((1, 1), 512, 96, "bfloat16", 0),  # a warpgroup and a half
+        ((1, 1), 512, 64, "float16", 0),
     ],
 )
-def test_a_hopper_gpu_has_a_kernel_for_few_rows(
-    quantize: str,
-    rows: tuple[int, int],
-    inputs: int,
-    outputs: int,
-    dtype: str,
-    kernels: int,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_hopper_gpu_has_a_kernel_for_few_rows_over_int4(
+    rows: tuple[int, int], inputs: int, outputs: int, dtype: str, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lowered once for all layers."""
     monkeypatch.setattr(layers, "on_hopper", lambda *_: True)
     linear = layers.Linear("btd,cfd->btcf", (2, outputs // 2, inputs), (None, "mlp", "embed"))
-    quantizer = QUANTIZERS[quantize]
-    params = jax.eval_shape(lambda: dict(zip(("kernel", "scale"), quantizer(jnp.ones(linear.shape)), strict=True)))
+    params = jax.eval_shape(lambda: dict(zip(("kernel", "scale"), to_int4(jnp.ones(linear.shape)), strict=True)))
 
     def several(params: dict[str, jax.Array], x: jax.Array) -> list[jax.Array]:
         return [jnp.asarray(linear.apply({"params": params}, x + i)) for i in range(3)]
@@ -146,28 +147,24 @@ def test_a_hopper_gpu_has_a_kernel_for_few_rows(
         pytest.param(4, 512, {"batch": "data", "mlp": "data"}, False, id="one axis for both"),
     ],
 )
-@pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_meshes_of_hopper_gpus_whose_parts_a_kernel_takes(
-    quantize: str, rows: int, inputs: int, table: dict[str, str], taken: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, inputs: int, table: dict[str, str], taken: bool
 ) -> None:
-    monkeypatch.setattr(hopper_rows, "MOST", {4: 32, 8: 32})
-    monkeypatch.setattr(hopper_rows, "LEAST", {4: 32, 8: 32})
     rules = Rules.of(AbstractMesh((2, 2), ("data", "model")), table)
-    x, kernel = jnp.zeros((rows, 1, inputs), "bfloat16"), QUANTIZERS[quantize](jnp.ones((64, inputs)))
-    found: Any = for_rows(x, *kernel, (None, "mlp"), rules)
+    x, scale = jnp.zeros((rows, 1, inputs), "bfloat16"), jnp.zeros((64, inputs // 128), "bfloat16")
+    found: Any = for_rows(x, scale, (None, "mlp"), rules)
     assert (found is not None) == taken
 
 
-@pytest.mark.parametrize("bits", BITS.values())
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize(("width", "hidden", "heads"), [(4096, 14336, 32), (8192, 28672, 64)])
-def test_blocks_fill_a_hopper_gpu(width: int, hidden: int, heads: int, parts: int, bits: int) -> None:
+def test_blocks_fill_a_hopper_gpu(width: int, hidden: int, heads: int, parts: int) -> None:
     """The 11B's and the 90B's kernels, also over several: all their inputs, and no splits for a second round."""
     out = 2 * hidden, width, heads * 128, 2 * 8 * 128, 128256
     maps = [(each // parts, width) for each in out] + [(width, each // parts) for each in (hidden, heads * 128)]
     for outputs, inputs in maps:
         if outputs % 64 == 0:  # not the head's over eight
-            plan = Plan.of(bits, outputs, inputs // 128)
+            plan = Plan.of(outputs, inputs // 128)
             blocks = outputs // plan.outputs * plan.splits
             assert outputs % plan.outputs == 0
             assert plan.groups * plan.splits * plan.steps * 128 == inputs

@@ -72,7 +72,7 @@ def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> N
         assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
 
 
-def test_few_rows_meet_whole_parts_of_kernels(spread_directory: Path) -> None:
+def test_few_rows_over_int4_meet_whole_parts_of_kernels(spread_directory: Path) -> None:
     """Rows, outputs and inputs of what a device multiplies: for queries, gate and up, down."""
     serve, train = map(json.loads, run(8, "few", str(spread_directory)).splitlines())
     assert serve["met"] == [[4, 128, 512], [4, 512, 512], [4, 64, 256]]

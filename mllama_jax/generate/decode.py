@@ -227,7 +227,6 @@ def prefill(
     return choose(call(model, params, "logits", last), state, settings, top)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames="state", compiler_options=ONE_GRAPH)
 def decode(
     model: MllamaModel,
     params: Params,
@@ -241,8 +240,28 @@ def decode(
     """Make up to `steps` more tokens a row, of at most STEPS, fewer once all rows are done.
 
     Returns the state, the block [B, STEPS] and how many of its columns were made. A row's entries after its end mean
-    nothing.
+    nothing. The state is donated.
     """
+    return decoder(model.constrain.platform)(model, params, state, cross, settings, steps=steps, top=top)
+
+
+@functools.cache
+def decoder(platform: str) -> jax.stages.Wrapped:
+    """`decode`, jitted for "cpu", "gpu" or "tpu"."""
+    options = ONE_GRAPH if platform == "gpu" else None
+    return jax.jit(_decode, static_argnames=("model", "top"), donate_argnames="state", compiler_options=options)
+
+
+def _decode(
+    model: MllamaModel,
+    params: Params,
+    state: State,
+    cross: CrossCache | None,
+    settings: Settings,
+    *,
+    steps: jax.Array,
+    top: int,
+) -> tuple[State, Made, jax.Array]:
     rows = state.token.shape[0]
 
     def more(carry: tuple) -> jax.Array:

@@ -73,7 +73,7 @@ unconstrained = Unconstrained()
 
 
 def on_hopper(constrain: Constrain, dtype: jnp.dtype) -> bool:
-    """Whether these are Hopper GPUs, for which `hopper` and `hopper_rows` have kernels in half precision."""
+    """Whether these are Hopper GPUs, for which `hopper` and `hopper_int4` have kernels in half precision."""
     if constrain.platform != "gpu" or dtype == jnp.float32:
         return False
     return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
@@ -147,10 +147,10 @@ class Linear(nn.Module):
         """The product with a quantised kernel; a mesh may split that by "embed", but never an activation's "embed"."""
         axes = tuple(None if axis == "embed" else axis for axis in self.axes)
         few_rows = None
-        if on_hopper(self.constrain, x.dtype):
-            from mllama_jax.model.hopper_rows import for_rows
+        if kernel.dtype == jnp.uint8 and on_hopper(self.constrain, x.dtype):
+            from mllama_jax.model.hopper_int4 import for_rows
 
-            few_rows = for_rows(x, kernel, scale, axes, self.constrain)
+            few_rows = for_rows(x, scale, axes, self.constrain)
         return product(self.equation, x, kernel, scale, self.constrain.parts(axes[-1]), few_rows)
 
 

@@ -58,6 +58,9 @@ def to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
+LONG = 8192  # inputs from which on a GPU has a product of eight rows sooner than sums for one
+
+
 def int8_product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, parts: int) -> jax.Array:
     """`einsum(equation, x, kernel * scale)` of activations x [..., in] that are quantised here.
 
@@ -68,7 +71,15 @@ def int8_product(equation: str, x: jax.Array, kernel: jax.Array, scale: jax.Arra
     kernel = rearrange(kernel, "... (z i) -> ... z i", z=parts)
     tokens, weights, out = re.split(",|->", equation)
     apart = f"{tokens[:-1]}z{tokens[-1]},{weights[:-1]}z{weights[-1]}->z{out}"
-    y = jnp.einsum(apart, values, kernel, preferred_element_type=jnp.int32)
+    sums = functools.partial(jnp.einsum, apart, preferred_element_type=jnp.int32)
+
+    def of_eight(values: jax.Array, kernel: jax.Array) -> jax.Array:
+        return sums(jnp.pad(values, ((0, 7), *[(0, 0)] * (values.ndim - 1))), kernel)[:, :1]
+
+    if LONG <= x.size == x.shape[-1]:
+        y = jax.lax.platform_dependent(values, kernel, cuda=of_eight, default=sums)
+    else:
+        y = sums(values, kernel)
     own = jnp.moveaxis(own, -1, 0)
     return (y * own.reshape(*own.shape, *(1,) * scale.ndim) * scale).astype(x.dtype).sum(axis=0)
 
@@ -129,8 +140,16 @@ def _halves(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> list[jax.A
     return [((packed >> shift & 15).astype(dtype) - 8) * scale for shift in (0, 4)]
 
 
-def int4_product(equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
-    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype."""
+def int4_product(
+    equation: str, x: jax.Array, packed: jax.Array, scale: jax.Array, few_rows: Callable | None = None
+) -> jax.Array:
+    """`einsum(equation, x, kernel)` of activations x [..., in] and a packed kernel, in x's dtype.
+
+    Args:
+        few_rows: what computes it from x, packed and scale for few rows, where there is a kernel for these devices.
+    """
+    if few_rows is not None:
+        return few_rows(x, packed, scale)
     # Else XLA widens all kernels before a loop of decode steps, and holds them.
     x, packed, scale = jax.lax.optimization_barrier((x, packed, scale))
     by_halves = functools.partial(_by_halves, equation)
@@ -173,12 +192,8 @@ def product(
 ) -> jax.Array:
     """`einsum(equation, x, kernel)` over the last axis of x [..., in] and of a quantised kernel [out..., in].
 
-    The gradient of x is that of the product with the whole activations, as if rounding were smooth; kernel and scale
-    have none.
-
-    Args:
-        parts: in which a mesh splits `in`.
-        few_rows: what computes it from x, kernel and scale for few rows, where these devices have a kernel for that.
+    On a mesh `in` is split in `parts`; `few_rows` is as in `int4_product`. The gradient of x is that of the product
+    with the whole activations, as if rounding were smooth; kernel and scale have none.
     """
     y: Any = _product(equation, parts, few_rows, x, kernel, scale)
     return y
@@ -188,11 +203,9 @@ def product(
 def _product(
     equation: str, parts: int, few_rows: Callable | None, x: jax.Array, kernel: jax.Array, scale: jax.Array
 ) -> jax.Array:
-    if few_rows is not None:
-        return few_rows(x, kernel, scale)
     if kernel.dtype == jnp.int8:
         return int8_product(equation, x, kernel, scale, parts)
-    return int4_product(equation, x, kernel, scale)
+    return int4_product(equation, x, kernel, scale, few_rows)
 
 
 def _forward(

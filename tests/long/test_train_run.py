@@ -78,7 +78,7 @@ BAD: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "no picture",
         [line(0), chat(IMAGE, TEXT)],
         {},
-        "line 2: an image part without a picture; give it an 'image', or ",
+        "line 2: an image part without a picture; give it an 'image' or a 'path', or ",
     ),
     ("spare", [chat(TEXT, images=["0.png"])], {}, "line 1: images: 1 pictures but 0 image parts without their own"),
     ("absent", [chat(IMAGE, TEXT, images=["9.png"])], {}, "9.png': no such file; expected a picture, check the path"),
