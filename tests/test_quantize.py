@@ -82,10 +82,10 @@ def test_int4_scales_are_those_of_least_squares() -> None:
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_gpu_has_a_long_int8_product_of_one_row_as_of_eight(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (1, 1, 8192)), (2, (2, 12, 8192))))
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (1, 1, 16384)), (2, (2, 12, 16384))))
     of_one = functools.partial(product, "btd,cfd->btcf", parts=parts)
     run = jax.export.export(jax.jit(of_one), platforms=["cuda"])(x, *to_int8(kernel))
-    assert f"tensor<8x1x{parts}x{8192 // parts}xi8>" in run.mlir_module()
+    assert f"tensor<8x1x{parts}x{16384 // parts}xi8>" in run.mlir_module()
     wanted = of_one(x, *to_int8(kernel))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
     np.testing.assert_array_equal(of_one(x, *to_int8(kernel)), wanted)

@@ -32,7 +32,8 @@ def blocks(
 
     `rows` are the prompts as padded tokens int [B, T] and their lengths int [B]; an empty cache is taken. `lookup` is
     how many tokens to guess at once (see `speculate`), for which the cache has as many positions more. Whoever takes a
-    block pushes it to the answers before asking for the next.
+    block pushes it to the answers before asking for the next. Plain decoding is a block ahead where a dispatch returns
+    at once: what it makes of rows that have ended by a stop text is lost.
     """
     top = max(answer.params.logprobs for answer in answers)
     settings = Settings.of([each.params for each in answers], prompts, model.config.stops, model.config.text.vocab)
@@ -61,7 +62,7 @@ def blocks(
 
 
 def _go_on(answers: Sequence[Answer], tokens: int = 0) -> bool:
-    """Whether there are answers that want more than so many tokens."""
+    """Whether there are answers that have not ended, and may take more than so many tokens yet."""
     return any(a.finish_reason is None and a.params.max_new_tokens > len(a.tokens) + tokens for a in answers)
 
 

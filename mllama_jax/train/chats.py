@@ -4,7 +4,8 @@
      "images": ["photo.jpg", {"bytes": "base64"}]}
     {"prompt": [...], "chosen": [...], "rejected": [...], "images": [...]}
 
-An image part shows its own `image`, or the next of the line's `images`: a path, relative to the file, or bytes.
+An image part shows its own `image` or `path`, or the next of the line's `images`: a path, relative to the file, or
+bytes.
 """
 
 from __future__ import annotations
