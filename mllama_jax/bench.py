@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mllama_jax.sharding.mesh import Chip
 
 DTYPES = ("bfloat16", *QUANTIZATIONS)
-PROMPT = 128  # tokens behind the picture in the first-token figure
+PROMPT, NEW = 128, 128  # tokens behind the picture in the figures of a first token and an answer, and of the answer
 SPREAD_ERROR = 0.05  # of the largest logit, that weights of any dtype may round differently on several devices
 
 
@@ -176,6 +176,7 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
         encoders = {images: bench.encode(images) for images in sorted({1, *args.images})}
         jobs |= {f"encode, {images} pictures": encoders[images] for images in args.images}
         jobs[f"first token, a picture and {PROMPT} tokens"] = bench.first_token(PROMPT, encoders[1])
+        jobs[f"answer, a picture and {PROMPT} tokens, {NEW} new"] = bench.answer(PROMPT, NEW, encoders[1])
         jobs[f"prefill, a picture and {args.prompt} tokens"] = bench.first_token(args.prompt, encoders[1])
     jobs[f"prefill, {args.prompt} tokens of text"] = bench.first_token(args.prompt, None)
     compiled = {name: sum(program.seconds for program in job.programs) for name, job in jobs.items()}

@@ -15,6 +15,8 @@ import numpy as np
 
 from mllama_jax.config import QUANTIZATIONS, MllamaConfig, VisionConfig
 from mllama_jax.generate import decode
+from mllama_jax.generate.answer import Answer
+from mllama_jax.generate.decoding import blocks
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
@@ -38,6 +40,12 @@ class Floor:
     read: int
     weight_flops: float
     flops: float
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(self.read + other.read, self.weight_flops + other.weight_flops, self.flops + other.flops)
+
+    def __mul__(self, times: int) -> Floor:
+        return Floor(self.read * times, self.weight_flops * times, self.flops * times)
 
     def limit(self, chip: Chip, dtype: str) -> tuple[float, str]:
         """Milliseconds, and which of bandwidth and compute asks for them. int8 products run at twice the rate."""
@@ -172,13 +180,7 @@ class Bench:
     def first_token(self, tokens: int, encoder: Job | None) -> Job:
         """From pixels, where one is to be encoded, and token ids to the first new token, as `generate` does it."""
         text, picture = self.model.config.text, encoder is not None
-        ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, text.vocab)
-        settings, lengths = self._settings(1), jnp.full(1, tokens, jnp.int32)
-
-        def keys_values(features: jax.Array) -> CrossCache:
-            tiles = jnp.arange(self._vision.max_tiles, dtype=jnp.int32)[None]
-            spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (1, self._vision.max_tiles, 2))
-            return decode.keys_values(self.model, self.params, features, tiles, spans)
+        ids, lengths, settings = *self._prompt(tokens), self._settings(1)
 
         def new_cache() -> Any:
             return decode.new_cache(self.model, 1, tokens + decode.STEPS)
@@ -186,11 +188,11 @@ class Bench:
         cross = None
         if picture:
             shape = (1, self._vision.max_tiles, self._vision.tokens, text.width)
-            cross = keys_values(jnp.zeros(shape, self.model.dtype))
+            cross = self._seen(jnp.zeros(shape, self.model.dtype))
         program = self._program(decode.prefill, ids, lengths, new_cache(), cross, settings, top=0)
 
         def run() -> Any:
-            cross = None if encoder is None else keys_values(encoder.run())
+            cross = None if encoder is None else self._seen(encoder.run())
             return program(ids, lengths, new_cache(), cross, settings)[1]
 
         weights = self._decode_weights(picture)
@@ -203,11 +205,35 @@ class Bench:
             seen, kv = self._vision.max_tiles * self._vision.tokens, 2 * text.kv_heads * text.head_dim * text.width
             flops += inner * tokens * seen * len(text.cross_layers)
             weight_flops += 2 * seen * kv * len(text.cross_layers)
-        before = Floor(0, 0, 0) if encoder is None else encoder.floor
-        floor = Floor(
-            device_bytes(weights) + before.read, weight_flops / self.devices, flops / self.devices + before.flops
-        )
-        return Job(run, floor, (*(encoder.programs if encoder else ()), program))
+        own = Floor(device_bytes(weights), weight_flops / self.devices, flops / self.devices)
+        return Job(run, own if encoder is None else encoder.floor + own, (*(encoder.programs if encoder else ()), program))
+
+    def answer(self, tokens: int, new: int, encoder: Job) -> Job:
+        """A whole answer of `new` tokens to a picture and `tokens`, as `generate` makes it: its host's work too."""
+        (ids, lengths), first = self._prompt(tokens), self.first_token(tokens, encoder)
+        step = self.decode(1, tokens + new, True)
+
+        def run() -> list[int]:
+            cross = self._seen(encoder.run())
+            cache = decode.new_cache(self.model, 1, tokens + new)
+            answer = Answer(SamplingParams(max_new_tokens=new, stop_ids=()), (), None)
+            rows = np.asarray(ids), np.asarray(lengths)
+            for made, (columns, *_) in blocks(self.model, self.params, [answer], [[]], rows, cache, cross):
+                answer.push(made, 0, columns)
+            return answer.tokens
+
+        return Job(run, first.floor + step.floor * (new - 1), (*first.programs, *step.programs))
+
+    def _prompt(self, tokens: int) -> tuple[jax.Array, jax.Array]:
+        """A row of random tokens, and how many these are."""
+        ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, self.model.config.text.vocab)
+        return ids, jnp.full(1, tokens, jnp.int32)
+
+    def _seen(self, features: jax.Array) -> CrossCache:
+        """What a picture of all tiles leaves in the image cache, for every position to see."""
+        tiles = jnp.arange(self._vision.max_tiles, dtype=jnp.int32)[None]
+        spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (1, self._vision.max_tiles, 2))
+        return decode.keys_values(self.model, self.params, features, tiles, spans)
 
     def _program(self, function: Any, *args: Any, **more: Any) -> Program:
         start = time.monotonic()

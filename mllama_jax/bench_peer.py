@@ -69,6 +69,8 @@ def figures(model: Any, args: argparse.Namespace) -> dict[str, float]:
     ):
         own = inputs(tokens, 1, picture=picture)
         found[name] = measure(lambda own=own: generate(model, own, 1))
+    own = inputs(128, 1, picture=True)
+    found["answer, a picture and 128 tokens, 128 new"] = measure(lambda: generate(model, own, 128), repeat=3)
     return found
 
 

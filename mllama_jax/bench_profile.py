@@ -1,8 +1,8 @@
 """Kernel by kernel, where time goes on a GPU in what `mllama bench` measures, and what of the collectives is hidden.
 
-    python -m mllama_jax.bench_profile 11b-instruct decode:1 decode:32 text:1 encode:1 prefill:8192 --mesh 4
+    python -m mllama_jax.bench_profile 11b-instruct decode:1 decode:32 text:1 encode:1 first:128 prefill:8192 --mesh 4
 
-A number is of rows, pictures or tokens. XLA leaves its CUDA graphs while it is profiled.
+A number is of rows, pictures or tokens, of `first` of those behind a picture. XLA leaves its CUDA graphs while it is profiled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Kernel = tuple[str, float, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a preset, or a directory for its config")
-    parser.add_argument("jobs", nargs="+", metavar="KIND:NUMBER", help="decode, text, encode or prefill, and how many")
+    parser.add_argument("jobs", nargs="+", metavar="KIND:NUMBER", help="decode, text, encode, first or prefill, and how many")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the decoder's weights")
     parser.add_argument("--cache", choices=CACHES, help="of keys and values (default: bfloat16)")
     parser.add_argument("--mesh", type=int, default=1, metavar="DEVICES", help="over how many to spread the model")
@@ -55,6 +55,7 @@ def job(bench: Bench, name: str) -> Job:
         "decode": lambda: bench.decode(n, CONTEXT, True),
         "text": lambda: bench.decode(n, CONTEXT, False),
         "encode": lambda: bench.encode(n),
+        "first": lambda: bench.first_token(n, bench.encode(1)),
         "prefill": lambda: bench.first_token(n, None),
     }
     if kind not in made:
