@@ -96,10 +96,15 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A model with random parameters; every method gives a job, whose programs a thread compiles meanwhile."""
+    """A model with random parameters; every method gives a job, whose programs a thread compiles meanwhile.
+
+    Attributes:
+        one_graph: whether decode runs as one graph on a GPU, as it does elsewhere; a profile sees nothing in that.
+    """
 
     model: MllamaModel
     params: Params
+    one_graph: bool = True
     compilers: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(8))
 
     @classmethod
@@ -142,7 +147,7 @@ class Bench:
         weights, full = self._decode_weights(vision is not None), fill()
         read = device_bytes((weights, full))
         cache, cross = full = jax.tree.map(_like, full)  # the memory is needed while this is timed, not before
-        run_steps = decode.decoder(self.model.constrain.platform)
+        run_steps = decode.decoder(one_graph=self.one_graph and self.model.constrain.platform == "gpu")
         program = self._program(run_steps, start(cache), cross, settings, steps=decode.STEPS, top=0)
         filled: list[Any] = []
 
@@ -206,7 +211,9 @@ class Bench:
             flops += inner * tokens * seen * len(text.cross_layers)
             weight_flops += 2 * seen * kv * len(text.cross_layers)
         own = Floor(device_bytes(weights), weight_flops / self.devices, flops / self.devices)
-        return Job(run, own if encoder is None else encoder.floor + own, (*(encoder.programs if encoder else ()), program))
+        if encoder is None:
+            return Job(run, own, (program,))
+        return Job(run, encoder.floor + own, (*encoder.programs, program))
 
     def answer(self, tokens: int, new: int, encoder: Job) -> Job:
         """A whole answer of `new` tokens to a picture and `tokens`, as `generate` makes it: its host's work too."""

@@ -2,15 +2,17 @@
 
     python -m mllama_jax.bench_profile 11b-instruct decode:1 decode:32 text:1 encode:1 first:128 prefill:8192 --mesh 4
 
-A number is of rows, pictures or tokens, of `first` of those behind a picture. XLA leaves its CUDA graphs while it is profiled.
+A number is of rows, pictures or tokens, of `first` of those behind a picture. XLA leaves its
+CUDA graphs while it is profiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
     from mllama_jax.bench_model import Bench, Job
 
 CONTEXT = 1024  # positions of a row in decode
+KINDS: dict[str, Callable[[Bench, int], Job]] = {
+    "decode": lambda bench, n: bench.decode(n, CONTEXT, True),
+    "text": lambda bench, n: bench.decode(n, CONTEXT, False),
+    "encode": lambda bench, n: bench.encode(n),
+    "first": lambda bench, n: bench.first_token(n, bench.encode(1)),
+    "prefill": lambda bench, n: bench.first_token(n, None),
+}
 Kernel = tuple[str, float, float]
 """A kernel that ran: its name, start and end in microseconds."""
 
@@ -29,7 +38,7 @@ Kernel = tuple[str, float, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a preset, or a directory for its config")
-    parser.add_argument("jobs", nargs="+", metavar="KIND:NUMBER", help="decode, text, encode, first or prefill, and how many")
+    parser.add_argument("jobs", nargs="+", metavar="KIND:NUMBER", help=f"{', '.join(KINDS)}, and how many")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the decoder's weights")
     parser.add_argument("--cache", choices=CACHES, help="of keys and values (default: bfloat16)")
     parser.add_argument("--mesh", type=int, default=1, metavar="DEVICES", help="over how many to spread the model")
@@ -39,7 +48,11 @@ def main() -> None:
     from mllama_jax.planner import config_of
 
     bench = Bench.of(config_of(args.model), args.dtype, args.mesh, args.cache)
+    bench = dataclasses.replace(bench, one_graph=False)
     jobs = {name: job(bench, name) for name in args.jobs}
+    for each in jobs.values():  # compilers choose kernels on the device
+        for program in each.programs:
+            program.compiled.result()
     for name, each in jobs.items():
         lines = table(profiled(each), each.times, args.top)
         print("\n".join([f"{name}, {args.dtype}, {args.mesh} devices", *lines, ""]))
@@ -51,16 +64,9 @@ def job(bench: Bench, name: str) -> Job:
     if not number.isdecimal() or not int(number):
         raise InputError(f"{name}: expected a kind and a number above 0 such as decode:8")
     n = int(number)
-    made = {
-        "decode": lambda: bench.decode(n, CONTEXT, True),
-        "text": lambda: bench.decode(n, CONTEXT, False),
-        "encode": lambda: bench.encode(n),
-        "first": lambda: bench.first_token(n, bench.encode(1)),
-        "prefill": lambda: bench.first_token(n, None),
-    }
-    if kind not in made:
-        raise InputError(f"{name}: expected one of {', '.join(made)}, got {kind}")
-    return made[kind]()
+    if kind not in KINDS:
+        raise InputError(f"{name}: expected one of {', '.join(KINDS)}, got {kind}")
+    return KINDS[kind](bench, n)
 
 
 def profiled(each: Job) -> list[Kernel]:

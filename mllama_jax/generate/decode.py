@@ -242,13 +242,14 @@ def decode(
     Returns the state, the block [B, STEPS] and how many of its columns were made. A row's entries after its end mean
     nothing. The state is donated.
     """
-    return decoder(model.constrain.platform)(model, params, state, cross, settings, steps=steps, top=top)
+    run = decoder(one_graph=model.constrain.platform == "gpu")
+    return run(model, params, state, cross, settings, steps=steps, top=top)
 
 
 @functools.cache
-def decoder(platform: str) -> jax.stages.Wrapped:
-    """`decode`, jitted for "cpu", "gpu" or "tpu"."""
-    options = ONE_GRAPH if platform == "gpu" else None
+def decoder(*, one_graph: bool) -> jax.stages.Wrapped:
+    """`decode`, jitted; on a GPU as one graph, or as XLA does it by itself."""
+    options = ONE_GRAPH if one_graph else None
     return jax.jit(_decode, static_argnames=("model", "top"), donate_argnames="state", compiler_options=options)
 
 

@@ -24,13 +24,13 @@ def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Pa
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
-    kinds = ["decode", "decode", "encode", "first token", "prefill", "prefill"]
+    kinds = ["decode", "decode", "encode", "first token", "answer", "prefill", "prefill"]
     assert [figure["name"].split(",")[0] for figure in told["figures"]] == 2 * kinds
     lines = done.stderr.splitlines()
     assert [line.split(",")[0] for line in lines if line.startswith(tuple(kinds))] == 2 * kinds  # as they are measured
-    assert [figure["devices"] for figure in told["figures"]] == [1] * 6 + [2] * 6
+    assert [figure["devices"] for figure in told["figures"]] == [1] * 7 + [2] * 7
     assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in told["figures"])
-    first, again = told["figures"][0], told["figures"][6]
+    first, again = told["figures"][0], told["figures"][7]
     assert first["held"] > again["held"] > first["held"] / 2  # the text model's halves, and the picture encoder's whole
     assert first["beside"] > 0
     assert told["best"]["read"][0] >= 1e3 * first["read"] / first["median"] > 0
