@@ -35,8 +35,8 @@ def test_pixels_equal_transformers_to_the_bit() -> None:
 def test_normalise_rounds_like_float64_scaling() -> None:
     every = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=0)
     scaled = (every.astype(np.float64) * (1 / 255)).astype(np.float32)
-    assert normalise(every).dtype == np.float32
-    assert np.array_equal(normalise(every), (scaled - MEAN) / STD)
+    normalise(every, ours := np.empty(every.shape, np.float32))
+    assert np.array_equal(ours, (scaled - MEAN) / STD)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mllama_jax.generate.scheduler import Scheduler, Slot
 from mllama_jax.model.mllama import MllamaModel, Params
 
 CHUNKS = 4  # times as many tokens of prompts as a chunk are read between two dispatches
-STEPS, HURRY = 8, 2  # decode steps in a dispatch, and while someone waits who could be read
+STEPS, HURRY = 8, 1  # decode steps in a dispatch, and while someone waits who could be read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,6 +168,8 @@ class Engine:
         if block is None:
             return
         following = self.runner.go_on(block.pending, self._steps(block.rows)) if self._may_go_on(block) else None
+        if self._hurried:
+            self.scheduler.encode_ahead()  # the device goes on with that when the block has come
         known = False
         try:
             made, columns = decode.on_host(block.pending.made), int(block.pending.columns)

@@ -108,7 +108,9 @@ class Request:
 
 def digest_of(image: Image.Image) -> bytes:
     """Equal for pictures of equal pixels and size."""
-    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+    digest = hashlib.sha256(repr((image.size, image.mode)).encode())
+    digest.update(image.tobytes())
+    return digest.digest()
 
 
 # ---- In arrays ----------------------------------------------------------------------------------------------------

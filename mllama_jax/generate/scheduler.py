@@ -93,6 +93,7 @@ class Scheduler:
         self.slots = [Slot(row) for row in range(levels[0].rows)]
         self.counts: Counter[str] = Counter()
         self._clock = 0
+        self._ahead: dict[bytes, Layers] = {}  # pictures of who is admitted next
 
     def check(self, request: Request) -> None:
         """Raises InputError where a request can never have a slot."""
@@ -116,6 +117,8 @@ class Scheduler:
         """Forget a request, wherever it is; its slot is free at once."""
         if request in self.waiting:
             self.waiting.remove(request)
+            if not self.waiting:
+                self._ahead = {}
         for slot in self.slots:
             if slot.request is request:
                 slot.request, slot.reading = None, False
@@ -180,6 +183,23 @@ class Scheduler:
 
     def admit(self) -> None:
         """Give slots to those who wait, as far as they fit and their pictures can be encoded."""
+        admitted, missing, level = self._next()
+        self.move(level)
+        encoded = {
+            digest: self._ahead.get(digest) or self.runner.encode(picture) for digest, picture in missing.items()
+        }
+        self._ahead = {}
+        for request in admitted:
+            self._place(request, encoded)
+            self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
+
+    def encode_ahead(self) -> None:
+        """Encode the pictures of those who are admitted next."""
+        _, missing, _ = self._next()
+        self._ahead = {digest: self.runner.encode(picture) for digest, picture in missing.items()}
+
+    def _next(self) -> tuple[list[Request], dict[bytes, Picture], Level]:
+        """Who can be given a slot now, the pictures that no slot holds, and at which level."""
         admitted, missing, level = [], {}, self.runner.level
         for request in self.waiting:
             new = {p.digest: p for p in request.pictures if self._holder(p.digest) is None}
@@ -187,11 +207,7 @@ class Scheduler:
             if wanted is None or (admitted and len(missing | new) > PICTURES):
                 break
             admitted, missing, level = [*admitted, request], missing | new, wanted
-        self.move(level)
-        encoded = {digest: self.runner.encode(picture) for digest, picture in missing.items()}
-        for request in admitted:
-            self._place(request, encoded)
-            self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
+        return admitted, missing, level
 
     def _place(self, request: Request, encoded: dict[bytes, Layers]) -> None:
         """Give a request the slot that serves it best, and bring its pictures there."""

@@ -180,12 +180,11 @@ def split_tiles(image: Image.Image, tile: int, max_tiles: int) -> tuple[np.ndarr
     return tiles.reshape(rows * columns, 3, tile, tile), ASPECT_RATIOS.index(grid) + 1
 
 
-def normalise(tiles: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3, P, P] to float32, with CLIP's mean and standard deviation."""
-    scaled = tiles / np.float32(255)
+def normalise(tiles: np.ndarray, scaled: np.ndarray) -> None:
+    """uint8 [..., 3, P, P] to float32 `scaled`, with CLIP's mean and standard deviation."""
+    np.divide(tiles, np.float32(255), out=scaled)
     scaled -= MEAN
     scaled /= STD
-    return scaled
 
 
 def preprocess(images: Sequence[Image.Image], vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +193,7 @@ def preprocess(images: Sequence[Image.Image], vision: VisionConfig) -> tuple[np.
 
     def fill(row: np.ndarray, image: Image.Image) -> int:
         tiles, aspect_ratio_id = split_tiles(image, vision.tile, vision.max_tiles)
-        row[: len(tiles)] = normalise(tiles)
+        normalise(tiles, row[: len(tiles)])
         return aspect_ratio_id
 
     with ThreadPoolExecutor() as pool:  # Pillow and NumPy work outside the interpreter lock

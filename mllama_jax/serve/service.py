@@ -42,7 +42,7 @@ from mllama_jax.serve.worker import Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
 
-PREPARING = 4  # requests whose pictures are prepared at once: a picture may take 400 MB
+PREPARING = 8  # requests whose pictures are prepared at once: a picture may take 400 MB
 
 
 @dataclasses.dataclass(frozen=True)

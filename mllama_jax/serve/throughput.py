@@ -1,6 +1,6 @@
 """How many requests with a picture this machine answers a second, and what HTTP costs; weights are random.
 
-    python -m mllama_jax.serve.throughput 11b-instruct --versus transformers
+    python -m mllama_jax.serve.throughput 11b-instruct --versus transformers --dtype bfloat16 int8
 
 32 requests come at once, each of a picture of four tiles and 128 tokens, and get 128 tokens each. Beside them stand
 what decoding alone reaches, and transformers' `generate` of the same as one batch. Every picture and question is new
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import base64
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -26,12 +27,13 @@ from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from mllama_jax import bench
+from mllama_jax.config import CACHES
 from mllama_jax.errors import InputError
 from mllama_jax.serve.measure import data_url, post
 
@@ -41,11 +43,17 @@ if TYPE_CHECKING:
     from mllama_jax.serve.service import Service
 
 ROWS, PROMPT, NEW = 32, 128, 128  # requests at once, tokens of a prompt, tokens of an answer
+PEER = "transformers, one batch"
+T = TypeVar("T")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="11b-instruct", help="a preset, or a directory for its config")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=bench.DTYPES, default=["bfloat16"], help="of the decoder's weights"
+    )
+    parser.add_argument("--cache", choices=CACHES, help="of keys and values (default: bfloat16)")
     parser.add_argument("--rounds", type=int, default=3, help="of requests; medians are told")
     parser.add_argument("--versus", choices=["transformers"], help="the peer, on the same device just before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -63,8 +71,11 @@ def main() -> None:
     told = Told(quiet=args.json)
     if args.versus:  # first: JAX keeps the memory that it once had
         seconds = bench.ask_peer("batch", "--rows", ROWS, "--prompt", PROMPT, "--new", NEW)[str(ROWS)] / 1e3
-        told.add("transformers, one batch", ROWS / seconds)
-    run(config, args.model, args.rounds, told)
+        told.add(PEER, ROWS / seconds)
+    for dtype in args.dtype:
+        told.dtype = dtype
+        run(config, args.model, args.cache, args.rounds, told)
+        gc.collect()  # the caches, before the next weights
     if args.json:
         from mllama_jax.check import environment
 
@@ -73,16 +84,18 @@ def main() -> None:
 
 @dataclasses.dataclass
 class Told:
-    """Figures as they are found: requests a second, and tokens a second while all rows decode."""
+    """Figures of a dtype as they are found: requests a second, and tokens a second while all rows decode."""
 
     quiet: bool
+    dtype: str = ""
     figures: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, requests: float | None = None, tokens: float | None = None) -> None:
+        name = f"{name}, {self.dtype}" if self.dtype else name
         found = {"requests_per_second": requests, "tokens_per_second": tokens}
         self.figures[name] = own = {key: value for key, value in found.items() if value is not None}
         if not self.quiet:
-            print(f"{name:<32}" + ", ".join(f"{value:.2f} {key.replace('_', ' ')}" for key, value in own.items()))
+            print(f"{name:<40}" + ", ".join(f"{value:.2f} {key.replace('_', ' ')}" for key, value in own.items()))
             for ratio, value in self.ratios().items():
                 if ratio.startswith(name):
                     print(f"    {ratio[len(name) + 2 :]}: {value:.3f}")
@@ -90,9 +103,9 @@ class Told:
 
     def ratios(self) -> dict[str, float]:
         """What the figures are of each other, by the name of the figure and what it is compared with."""
-        found = {}
-        peer, bare = (self.figures.get(name) for name in ("transformers, one batch", "decode alone"))
+        found, peer = {}, self.figures.get(PEER)
         for name, own in self.figures.items():
+            bare = self.figures.get(f"decode alone, {name.rpartition(', ')[2]}")
             if bare and name.startswith("engine"):
                 found[f"{name}, of decode alone"] = own["tokens_per_second"] / bare["tokens_per_second"]
             if peer and name.startswith(("engine", "HTTP")):
@@ -103,14 +116,14 @@ class Told:
         return found
 
 
-def run(config: MllamaConfig, name: str, rounds: int, told: Told) -> None:
+def run(config: MllamaConfig, name: str, cache: str | None, rounds: int, told: Told) -> None:
     """Measure decoding alone, the engine, and the server."""
     from mllama_jax.api import Mllama
     from mllama_jax.bench_model import Bench
     from mllama_jax.processing.chat import load_template
     from mllama_jax.serve.service import Limits, Service
 
-    bare = Bench.of(config, "bfloat16")
+    bare = Bench.of(config, told.dtype, cache=cache)
     job = bare.decode(ROWS, PROMPT + NEW, True)
     told.add("decode alone", tokens=ROWS * job.times / statistics.median(bench.measure(job.run, 5)))
     del job  # and its caches
@@ -213,13 +226,15 @@ def request_body(question: Question) -> bytes:
 
 def over_http(port: int, bodies: Sequence[bytes]) -> Round:
     """Requests at once, from a process of their own: what a client does is no work of the server's."""
-    return asyncio.run(together([_over_http(port, body) for body in bodies]))
+    came, seconds = asyncio.run(_timed([post(port, body) for body in bodies]))
+    return Round.of([_read(each) for each in came], seconds)
 
 
-async def _over_http(port: int, body: bytes) -> Answered:
-    told = (await post(port, body)).split(b"\n\n")
-    *events, usage = [json.loads(line.removeprefix(b"data: ")) for line in told if line.startswith(b"data: {")]
-    text = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+def _read(events: bytes) -> Answered:
+    """An answer from the server-sent events that told it."""
+    lines = events.split(b"\n\n")
+    *told, usage = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: {")]
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in told)
     return Answered(text, usage["usage"]["completion_tokens"])
 
 
@@ -229,6 +244,13 @@ class Round:
 
     answers: list[Answered]
     seconds: float
+
+    @classmethod
+    def of(cls, answers: list[Answered], seconds: float) -> Round:
+        """Raises InputError where an answer was cut short."""
+        if short := [answer.tokens for answer in answers if answer.tokens != NEW]:
+            raise InputError(f"expected {NEW} tokens of each answer, got {short[0]}; was the server stopped?")
+        return cls(answers, seconds)
 
     @property
     def decoding(self) -> float:
@@ -247,12 +269,14 @@ def _by(answer: Answered, moment: float) -> int:
 
 
 async def together(asked: Sequence[Awaitable[Answered]]) -> Round:
+    return Round.of(*await _timed(asked))
+
+
+async def _timed(asked: Sequence[Awaitable[T]]) -> tuple[list[T], float]:
+    """What all give at once, and the seconds until the last."""
     began = time.perf_counter()
-    answers = await asyncio.gather(*asked)
-    seconds = time.perf_counter() - began
-    if short := [answer.tokens for answer in answers if answer.tokens != NEW]:
-        raise InputError(f"expected {NEW} tokens of each answer, got {short[0]}; was the server stopped?")
-    return Round(list(answers), seconds)
+    given = await asyncio.gather(*asked)
+    return given, time.perf_counter() - began
 
 
 # ---- The server ---------------------------------------------------------------------------------------------------

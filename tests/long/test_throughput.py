@@ -18,19 +18,23 @@ from mllama_jax.serve.service import Limits, Service
 
 def test_everything_is_measured_beside_its_name(tiny_directory: Path) -> None:
     command = [sys.executable, "-m", "mllama_jax.serve.throughput", str(tiny_directory), "--rounds", "1", "--json"]
+    command += ["--dtype", "bfloat16", "int8", "--cache", "int8"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     told = json.loads(done.stdout)
-    kinds = [f"{way}, {kind}" for kind in ("32 pictures", "one picture") for way in ("engine", "HTTP")]
-    assert list(told["figures"]) == ["decode alone", *kinds]
+    kinds = [
+        "decode alone",
+        *(f"{way}, {kind}" for kind in ("32 pictures", "one picture") for way in ("engine", "HTTP")),
+    ]
+    assert list(told["figures"]) == [f"{kind}, {dtype}" for dtype in ("bfloat16", "int8") for kind in kinds]
     assert all(figure.get("requests_per_second", 1) > 0 for figure in told["figures"].values())
-    decode, engine = told["figures"]["decode alone"], told["figures"]["engine, one picture"]
+    decode, engine = told["figures"]["decode alone, int8"], told["figures"]["engine, one picture, int8"]
     share = engine["tokens_per_second"] / decode["tokens_per_second"]
-    assert told["ratios"]["engine, one picture, of decode alone"] == pytest.approx(share)
-    http = told["figures"]["HTTP, 32 pictures"]["requests_per_second"]
-    share = http / told["figures"]["engine, 32 pictures"]["requests_per_second"]
-    assert told["ratios"]["HTTP, 32 pictures, of the engine"] == pytest.approx(share)
+    assert told["ratios"]["engine, one picture, int8, of decode alone"] == pytest.approx(share)
+    http = told["figures"]["HTTP, 32 pictures, bfloat16"]["requests_per_second"]
+    share = http / told["figures"]["engine, 32 pictures, bfloat16"]["requests_per_second"]
+    assert told["ratios"]["HTTP, 32 pictures, bfloat16, of the engine"] == pytest.approx(share)
 
 
 def test_answers_over_http_are_the_engines(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
