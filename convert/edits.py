@@ -41,12 +41,12 @@ def cast(model: Model, dtype: np.dtype) -> Model:
 
 
 def quantized(model: Model, quantize: str) -> Model:
-    """The decoder's kernels in int8 or int4, each followed by its scales."""
+    """The decoder's kernels as `quantize` says, each followed by its scales."""
     found: dict[tuple[str, ...], Parameter] = {}
     quantizer = QUANTIZERS[quantize]
     pair = functools.lru_cache(maxsize=1)(_pair)  # values and scales are asked for one after the other
     for path, parameter in model.parameters.items():
-        if not is_quantized(path):
+        if not is_quantized(path, quantize):
             found[path] = parameter
             continue
         pieces = jax.eval_shape(quantizer, jax.ShapeDtypeStruct(parameter.shape, parameter.dtype))

@@ -39,7 +39,7 @@ _IN_FLIGHT = 2**29  # bytes of arrays that go to disk together; of larger ones o
 
 def write_arrays(store: Store, parameters: Parameters, config: MllamaConfig, extras: Extras, done: Progress) -> None:
     """Write every parameter that `done` does not know, the next being read while the last goes to disk."""
-    quantize = quantization(parameter.dtype for parameter in parameters.values())
+    quantize = quantization({path: parameter.dtype for path, parameter in parameters.items()})
     abstract = abstract_parameters(config, quantize=quantize)
     names = {path: leaf.names for path, leaf in paths(abstract).items()}
     stacks = {row.target: row.hf.stack for row in table(config)}

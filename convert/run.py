@@ -62,7 +62,7 @@ def convert(
         text_only: leave out vision and cross-attention; what is left is a plain Llama 3.1 model.
         text_from: directory of a text-only checkpoint whose decoder takes the place of the source's.
         lora: directory of a LoRA adapter in PEFT's layout, which is added to the weights.
-        quantize: "int8" or "int4" of the decoder's kernels, as `load` makes them; in our layout only.
+        quantize: what the decoder's kernels become, as in `load`; in our layout only.
 
     Returns:
         What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds.
@@ -77,7 +77,7 @@ def convert(
     if is_bucket(target) and to != "orbax":
         raise InputError(f"{target}: Hugging Face's and Meta's files are written to disks only; choose orbax")
     if quantize not in (None, *QUANTIZATIONS) or (quantize and to != "orbax"):
-        known = " or ".join(QUANTIZATIONS)
+        known = ", ".join(QUANTIZATIONS)
         raise InputError(f"quantize must be {known}, and for our layout (orbax), got {quantize!r} for {to!r}")
     start = time.monotonic()
     source = local(source, revision)

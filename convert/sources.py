@@ -55,7 +55,9 @@ class Checkpoint:
     @property
     def quantized(self) -> str | None:
         """What the decoder's kernels are quantised to, which only our layout holds."""
-        return quantization(self.dtypes.values()) if self.layout == "orbax" else None
+        if self.layout != "orbax":
+            return None
+        return quantization({tuple(name.split(".")): dtype for name, dtype in self.dtypes.items()})
 
     def extras(self) -> dict[str, np.ndarray]:
         """What our layout keeps of Meta's beyond our parameters."""

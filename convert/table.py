@@ -82,7 +82,8 @@ def table(config: MllamaConfig, quantize: str | None = None) -> list[Row]:
         rows.append(_same(f"{ours}/kernel", f"{hf}.weight", f"{meta}.weight", "d e -> d e"))
         rows.append(_same(f"{ours}/bias", f"{hf}.bias", f"{meta}.bias", "d -> d"))
     if quantize:
-        rows += [Row((*row.target[:-1], "scale"), _NOWHERE, _NOWHERE) for row in rows if is_quantized(row.target)]
+        kernels = [row.target for row in rows if is_quantized(row.target, quantize)]
+        rows += [Row((*target[:-1], "scale"), _NOWHERE, _NOWHERE) for target in kernels]
     return rows
 
 

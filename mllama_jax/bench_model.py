@@ -49,7 +49,7 @@ class Floor:
 
     def limit(self, chip: Chip, dtype: str) -> tuple[float, str]:
         """Milliseconds, and which of bandwidth and compute asks for them. int8 products run at twice the rate."""
-        rate = 2 if dtype == "int8" else 1
+        rate = 2 if dtype.startswith("int8") else 1
         seconds = {
             "bandwidth": self.read / chip.bandwidth,
             "compute": (self.weight_flops / rate + self.flops) / chip.flops,

@@ -114,7 +114,7 @@ class MllamaConfig:
 _90B = TextConfig(width=8192, heads=64, hidden=28672, layers=100, cross_layers=tuple(range(3, 100, 5)))
 
 DTYPES = ("bfloat16", "float32", "float16")  # that a model computes in
-QUANTIZATIONS = ("int8", "int4")  # of the decoder's kernels
+QUANTIZATIONS = ("int8", "int4", "int8-layers", "int4-layers")  # of the decoder's kernels, its head's too or not
 CACHES = ("int8",)  # of keys and values
 
 PRESETS = {

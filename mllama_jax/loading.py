@@ -26,7 +26,7 @@ from mllama_jax.convert.verify import check
 from mllama_jax.errors import InputError
 from mllama_jax.model.layers import unconstrained
 from mllama_jax.model.mllama import MllamaModel, abstract_parameters
-from mllama_jax.model.quantize import QUANTIZERS, Quantizer, is_quantized, lay_out, quantize_parameters
+from mllama_jax.model.quantize import QUANTIZERS, is_quantized, lay_out, quantize_parameters
 from mllama_jax.processes import agree
 from mllama_jax.processing.chat import load_template
 from mllama_jax.processing.tokenizer import Tokenizer
@@ -58,8 +58,8 @@ def load(
             processes (see `mllama_jax.processes`) must all give the same of everything here, which is checked.
         quantize: "int8" keeps the decoder's kernels in int8, one scale an output, and quantises activations token by
             token; half the memory and less to read for each token. "int4" keeps them in int4, one scale for each group
-            of 128 inputs, and activations as they are; a little more than a quarter. A checkpoint that is stored so
-            stays so.
+            of 128 inputs, and activations as they are; a little more than a quarter. "int8-layers" and "int4-layers"
+            leave the head's kernel as it is. A checkpoint that is stored so stays so.
         cache: "int8" keeps the keys and values of text and pictures in int8, one scale for each position and key/value
             head: room for nearly twice the rows or positions, and less to read for each token of long ones.
         verify: first compare every byte with the manifest, which directories of `mllama convert --to orbax` have.
@@ -72,7 +72,7 @@ def load(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     for name, value, known in (("quantize", quantize, QUANTIZATIONS), ("cache", cache, CACHES)):
         if value not in (None, *known):
-            raise InputError(f"{name} must be {' or '.join(known)} or None, got {value!r}")
+            raise InputError(f"{name} must be {', '.join(known)} or None, got {value!r}")
     checkpoint = open_checkpoint(path)
     if quantize and checkpoint.quantized not in (None, quantize):
         raise InputError(
@@ -96,8 +96,8 @@ def load(
     if quantize is None or checkpoint.quantized:
         params = load_parameters(stored, _placer(whole))
     else:
-        put = _quantizer(QUANTIZERS[quantize], whole, _wanted(model, quantize, trained))
-        params = quantize_parameters(load_parameters(stored, put), tuple)
+        put = _quantizer(quantize, whole, _wanted(model, quantize, trained))
+        params = quantize_parameters(load_parameters(stored, put), quantize, tuple)
     params = lay_out(params, constrain.platform)
     return Mllama(model, params, tokenizer, template, checkpoint.directory)
 
@@ -169,12 +169,12 @@ def _placer(wanted: Leaves) -> Put:
     return put
 
 
-def _quantizer(quantizer: Quantizer, whole: Leaves, wanted: Leaves) -> Put:
+def _quantizer(quantize: str, whole: Leaves, wanted: Leaves) -> Put:
     """A function that puts a parameter as `whole` says, and what is to be quantised then as its values and scales."""
-    put = _placer(whole)
+    put, quantizer = _placer(whole), QUANTIZERS[quantize]
 
     def place(path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Any:
-        if not is_quantized(path):
+        if not is_quantized(path, quantize):
             return put(path, shape, read)
         places = tuple(wanted[each].sharding for each in (path, (*path[:-1], "scale")))
         return jax.jit(quantizer, out_shardings=None if None in places else places)(put(path, shape, read))

@@ -36,7 +36,7 @@ def save(model: Mllama, path: str | os.PathLike[str]) -> None:
         InputError: the directory is not empty, which all processes are told, or cannot be written.
     """
     leaves = paths(model.params)
-    quantized = quantization(leaf.dtype for leaf in leaves.values())
+    quantized = quantization({path: leaf.dtype for path, leaf in leaves.items()})
     source, problem = None, ""
     if jax.process_index() == 0:
         try:

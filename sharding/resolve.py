@@ -32,7 +32,8 @@ def resolve(config: MllamaConfig, rules: Rules, dtype: np.dtype, quantize: str |
             return placed.update(sharding=in_order(placed, rules.platform))
         except InputError as error:
             where = "/".join(key.key for key in path)
-            groups = "; int4 splits between groups of inputs" if quantize == "int4" and path[-1].key == "scale" else ""
+            packed = (quantize or "").startswith("int4") and path[-1].key == "scale"
+            groups = "; int4 splits between groups of inputs" if packed else ""
             raise InputError(f"{where} {list(shape)} on {rules.describe_mesh()}: {error}{groups}") from None
 
     boxed = abstract_parameters(config, dtype, quantize)

@@ -20,6 +20,7 @@ import mllama_jax
 from mllama_jax.cli import SHIPPED
 from mllama_jax.config import PRESETS
 from mllama_jax.convert.run import convert
+from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.convert.verify import verify
 from mllama_jax.errors import InputError
 from mllama_jax.model import layers
@@ -224,6 +225,27 @@ def test_the_11b_in_int4_is_below_8_gb() -> None:
         assert each["scale"].size * 128 == count(each["kernel"])
 
 
+@pytest.mark.parametrize("quantize", ["int8-layers", "int4-layers"])
+def test_the_head_is_a_choice(quantize: str, tiny_directory: Path, tmp_path: Path) -> None:
+    """Left as it is it has no scale, in what is loaded and in what is stored; layers are those of the other choice."""
+    made = mllama_jax.load(tiny_directory, dtype="bfloat16", quantize=quantize).params
+    text = dict(made["text"])
+    both = mllama_jax.load(tiny_directory, dtype="bfloat16", quantize=quantize.removesuffix("-layers")).params["text"]
+    whole = mllama_jax.load(tiny_directory, dtype="bfloat16").params["text"]
+    assert set(text["head"]) == {"kernel"}
+    np.testing.assert_array_equal(text["head"]["kernel"], whole["head"]["kernel"])
+    assert set(both["head"]) == {"kernel", "scale"}
+    for each in (text, both):
+        del each["head"]
+    jax.tree.map(np.testing.assert_array_equal, text, both)
+    convert(tiny_directory, tmp_path / "ours", to="orbax", dtype="bfloat16", quantize=quantize)
+    assert open_checkpoint(tmp_path / "ours").quantized == quantize
+    stored = mllama_jax.load(tmp_path / "ours", dtype="bfloat16", verify=True).params
+    jax.tree.map(np.testing.assert_array_equal, stored, made)
+    with pytest.raises(InputError, match=f"holds {quantize} weights, which cannot become int8; load what"):
+        mllama_jax.load(tmp_path / "ours", quantize="int8")
+
+
 @pytest.mark.parametrize(("quantize", "dtype"), [("int8", "bfloat16"), ("int8", "float32"), ("int4", "bfloat16")])
 def test_what_is_stored_is_what_loading_makes(quantize: str, dtype: str, tiny_directory: Path, tmp_path: Path) -> None:
     """To the bit, in at most half the bytes, and as Orbax itself restores it."""
@@ -248,9 +270,13 @@ def test_a_flipped_bit_of_a_scale_is_found(tiny_directory: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_quantised_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="quantize must be int8 or int4 or None, got 'int3'"):
+    known = "quantize must be int8, int4, int8-layers, int4-layers"
+    with pytest.raises(InputError, match=f"{known} or None, got 'int3'"):
         mllama_jax.load(SHIPPED, quantize="int3")
-    with pytest.raises(InputError, match=r"quantize must be int8 or int4, and for our layout \(orbax\), got 'int8'"):
+    with pytest.raises(
+        InputError,
+        match=rf"{known}, and for our layout \(orbax\), got 'int8'",
+    ):
         convert(tiny_directory, tmp_path / "hf", to="hf", quantize="int8")
     convert(tiny_directory, tmp_path / "int8", to="orbax", quantize="int8")
     with pytest.raises(InputError, match="holds int8 weights already; convert what it was made from"):

@@ -103,7 +103,9 @@ def abstract_parameters(
 ) -> Params:
     """The tree of parameters as `jax.ShapeDtypeStruct` boxed with logical axis names; nothing is allocated."""
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _traced(config))
-    return quantize_parameters(tree, functools.partial(_abstract_pair, QUANTIZERS[quantize])) if quantize else tree
+    if quantize is None:
+        return tree
+    return quantize_parameters(tree, quantize, functools.partial(_abstract_pair, QUANTIZERS[quantize]))
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -177,8 +177,10 @@ def _of_one_row(x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
 
 # ---- Kernels ------------------------------------------------------------------------------------------------------
 
+HEAD, LAYERS = ("text", "head", "kernel"), "-layers"  # what a quantisation with this ending leaves as it is
 Quantizer = Callable[..., tuple[jax.Array, jax.Array]]
 QUANTIZERS: dict[str, Quantizer] = {"int8": jax.jit(to_int8), "int4": jax.jit(to_int4)}
+QUANTIZERS |= {f"{name}{LAYERS}": quantizer for name, quantizer in QUANTIZERS.items()}
 _STORED = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
 
 
@@ -225,15 +227,16 @@ def _backward(
 _product.defvjp(_forward, _backward)
 
 
-def is_quantized(path: tuple[str, ...]) -> bool:
-    """Whether a parameter is one that `quantize_parameters` changes: a kernel of the decoder or of its head."""
-    return path[0] == "text" and path[-1] == "kernel"
+def is_quantized(path: tuple[str, ...], quantize: str) -> bool:
+    """Whether a parameter is one that `quantize_parameters` changes: a kernel of the decoder, or of its head."""
+    return path[0] == "text" and path[-1] == "kernel" and not (path == HEAD and quantize.endswith(LAYERS))
 
 
-def quantization(dtypes: Iterable[Any]) -> str | None:
-    """What the decoder's kernels are quantised to in a model whose parameters have these dtypes."""
-    found = set(dtypes)
-    return next((name for name, dtype in _STORED.items() if dtype in found), None)
+def quantization(dtypes: Mapping[tuple[str, ...], Any]) -> str | None:
+    """What the decoder's kernels are quantised to in a model whose parameters have these dtypes, by their paths."""
+    found = set(dtypes.values())
+    name = next((name for name, dtype in _STORED.items() if dtype in found), None)
+    return name if name is None or dtypes.get(HEAD, _STORED[name]) == _STORED[name] else f"{name}{LAYERS}"
 
 
 def count(leaf: Any) -> int:
@@ -263,15 +266,18 @@ def lay_out(params: Any, platform: str) -> Any:
     return jax.tree.map(place, params)
 
 
-def quantize_parameters(params: dict[str, Any], quantizer: Callable) -> dict[str, Any]:
-    """A tree of parameters with quantised kernels in the decoder, each with its `scale` beside; the rest as it is."""
+def quantize_parameters(params: dict[str, Any], quantize: str, quantizer: Callable) -> dict[str, Any]:
+    """A tree of parameters with quantised kernels in the decoder, each with its `scale` beside; the rest as it is.
+
+    `quantizer` gives both.
+    """
 
     def walk(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for name, leaf in tree.items():
             if isinstance(leaf, dict):
                 made[name] = walk(leaf, (*path, name))
-            elif is_quantized((*path, name)):
+            elif is_quantized((*path, name), quantize):
                 made[name], made["scale"] = quantizer(leaf)
             else:
                 made[name] = leaf

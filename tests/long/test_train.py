@@ -228,7 +228,7 @@ def test_preferences_are_those_of_the_paper(tiny_params: Params) -> None:
 
 @pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_lora_learns_over_quantised_kernels(quantize: str, tiny_params: Params) -> None:
-    frozen = quantize_parameters(jax.tree.map(jnp.asarray, tiny_params), QUANTIZERS[quantize])
+    frozen = quantize_parameters(jax.tree.map(jnp.asarray, tiny_params), quantize, QUANTIZERS[quantize])
     trained, optimizer = init_lora(TINY, LORA, jax.random.key(0)), optax.adam(1e-2)
     step, state, values = (
         train_step(functools.partial(part_loss, MODEL), optimizer),
