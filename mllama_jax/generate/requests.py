@@ -89,7 +89,7 @@ class Request:
     def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer, guide: Guide | None = None) -> Request:
         """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""
         check_rows(config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
-        Settings.of([answer.params], [prompt.tokens], config.stops, config.text.vocab)  # refuses what is no token
+        answer.params.check_ids(config.text.vocab)
         pictures = []
         for image in prompt.images:
             assert config.vision is not None

@@ -92,6 +92,12 @@ class SamplingParams:
         self._check_bias()
         self._check_stops()
 
+    def check_ids(self, vocab: int) -> None:
+        """Raises InputError for an id that is none of so many."""
+        for field, ids in (("stop_ids", self.stop_ids or ()), ("logit_bias", self.logit_bias)):
+            if (beyond := max(ids, default=0)) >= vocab:
+                raise InputError(f"{field} must name ids below {vocab}, got {beyond}")
+
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
             raise InputError(f"logit_bias must map token ids to numbers, got {type(self.logit_bias).__name__}")
@@ -177,29 +183,26 @@ class Settings:
     ) -> Settings:
         """`prompts` are the rows' token ids, `stops` the stop tokens of rows that name none."""
 
-        def column(field: str, dtype: type) -> jax.Array:
-            return jax.device_put(np.array([getattr(row, field) for row in rows], dtype))
+        def column(field: str, dtype: type) -> Any:
+            return np.array([getattr(row, field) for row in rows], dtype)
 
         lists = [tuple(stops) if row.stop_ids is None else row.stop_ids for row in rows]
-        beyond = max((token for row in rows for token in row.stop_ids or ()), default=0)
-        if beyond >= vocab:
-            raise InputError(f"stop_ids must name ids below {vocab}, got {beyond}")
-        table = np.full((len(rows), STOPS_AT_MOST), -1, np.int32)
+        for row in rows:
+            row.check_ids(vocab)
+        table: Any = np.full((len(rows), STOPS_AT_MOST), -1, np.int32)
         for line, ids in zip(table, lists, strict=True):
             line[: len(ids)] = ids
-        bias = None
+        bias: Any = None
         if any(row.logit_bias for row in rows):
             bias = np.zeros((len(rows), vocab), np.float32)
             for line, row in zip(bias, rows, strict=True):
-                if row.logit_bias and max(row.logit_bias) >= vocab:
-                    raise InputError(f"logit_bias must name ids below {vocab}, got {max(row.logit_bias)}")
                 line[list(row.logit_bias)] = list(row.logit_bias.values())
-        in_prompt = None
+        in_prompt: Any = None
         if any(row.penalised for row in rows):
             in_prompt = np.zeros((len(rows), vocab), bool)
             for line, prompt in zip(in_prompt, prompts, strict=True):
                 line[[token for token in prompt if token < vocab]] = True
-        return cls(
+        settings = cls(
             temperature=column("temperature", np.float32),
             top_k=column("top_k", np.int32),
             top_p=column("top_p", np.float32),
@@ -210,10 +213,11 @@ class Settings:
             seed=column("seed", np.uint32),
             least=column("min_new_tokens", np.int32),
             limit=column("max_new_tokens", np.int32),
-            stops=jax.device_put(table),
-            bias=None if bias is None else jax.device_put(bias),
-            in_prompt=None if in_prompt is None else jax.device_put(in_prompt),
+            stops=table,
+            bias=bias,
+            in_prompt=in_prompt,
         )
+        return jax.device_put(settings)
 
 
 def sample(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.Array | None) -> jax.Array:
