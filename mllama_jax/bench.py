@@ -66,7 +66,7 @@ class Figure:
 
 def add_parser(commands: Any) -> None:
     """Add `bench` to the subcommands of a parser."""
-    parser = commands.add_parser("bench", help="time decode, first token, image encoding and prefill on random weights")
+    parser = commands.add_parser("bench", help="time decode, image encoding, prefill and answers on random weights")
     parser.add_argument("model", nargs="?", default="11b-instruct", help="a preset, or a directory for its config")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the decoder's weights")
     parser.add_argument("--cache", choices=CACHES, help="of keys and values (default: bfloat16)")
@@ -185,9 +185,9 @@ def figures(config: MllamaConfig, dtype: str, devices: int, args: argparse.Names
         name = next(iter(jobs))
         job = jobs.pop(name)
         times = [1e3 * seconds / job.times for seconds in measure(job.run, args.repeat)]
-        floor, limit = job.floor, (None, None) if known is None else job.floor.limit(known, dtype)
+        limit = (None, None) if known is None else job.limit(known, dtype)
         spread = statistics.median(times), min(times), max(times)
-        work = floor.read, floor.weight_flops + floor.flops
+        work = job.read, job.operations
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         yield Figure(name, dtype, devices, *spread, *limit, *work, compiled[name], *memory[name], peak)
 

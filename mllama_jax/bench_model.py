@@ -41,12 +41,6 @@ class Floor:
     weight_flops: float
     flops: float
 
-    def __add__(self, other: Floor) -> Floor:
-        return Floor(self.read + other.read, self.weight_flops + other.weight_flops, self.flops + other.flops)
-
-    def __mul__(self, times: int) -> Floor:
-        return Floor(self.read * times, self.weight_flops * times, self.flops * times)
-
     def limit(self, chip: Chip, dtype: str) -> tuple[float, str]:
         """Milliseconds, and which of bandwidth and compute asks for them. int8 products run at twice the rate."""
         rate = 2 if dtype.startswith("int8") else 1
@@ -86,12 +80,32 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A function to time, the floor of what it does, the programs it calls, and how many times it does it."""
+    """A function to time.
+
+    Attributes:
+        phases: the floors of what it does one after the other, each with how often it does that.
+        programs: that it calls.
+        times: how often it does all this.
+    """
 
     run: Callable[[], Any]
-    floor: Floor
+    phases: tuple[tuple[int, Floor], ...]
     programs: tuple[Program, ...]
     times: int = 1
+
+    def limit(self, chip: Chip, dtype: str) -> tuple[float, str]:
+        """Milliseconds of all phases, and what limits the longest."""
+        limits = [(times * each.limit(chip, dtype)[0], each.limit(chip, dtype)[1]) for times, each in self.phases]
+        return sum(milliseconds for milliseconds, _ in limits), max(limits)[1]
+
+    @property
+    def read(self) -> int:
+        """Bytes."""
+        return sum(times * each.read for times, each in self.phases)
+
+    @property
+    def operations(self) -> float:
+        return sum(times * (each.weight_flops + each.flops) for times, each in self.phases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +113,7 @@ class Bench:
     """A model with random parameters; every method gives a job, whose programs a thread compiles meanwhile.
 
     Attributes:
-        one_graph: whether decode runs as one graph on a GPU, as it does elsewhere; a profile sees nothing in that.
+        one_graph: whether decode runs as one graph on a GPU, as `generate` has it; a profile sees nothing in that.
     """
 
     model: MllamaModel
@@ -166,7 +180,7 @@ class Bench:
         numbers = sum(map(count, jax.tree.leaves(weights)))
         flops = 4 * rows * text.heads * text.head_dim * keys
         floor = Floor(read, 2 * rows * numbers / self.devices, flops / self.devices)
-        return Job(run, floor, (program,), DISPATCHES * decode.STEPS)
+        return Job(run, ((1, floor),), (program,), DISPATCHES * decode.STEPS)
 
     def encode(self, images: int) -> Job:
         """The vision tower and the projector on pictures of all tiles."""
@@ -180,7 +194,7 @@ class Bench:
         flops = 2 * positions * sum(x.size for x in kernels) + attention * (vision.layers + vision.global_layers)
         program = self._program(decode.encode, pixels, ids)
         floor = Floor(device_bytes(tower), 0, flops / self.devices)
-        return Job(lambda: program(pixels, ids), floor, (program,))
+        return Job(lambda: program(pixels, ids), ((1, floor),), (program,))
 
     def first_token(self, tokens: int, encoder: Job | None) -> Job:
         """From pixels, where one is to be encoded, and token ids to the first new token, as `generate` does it."""
@@ -212,8 +226,8 @@ class Bench:
             weight_flops += 2 * seen * kv * len(text.cross_layers)
         own = Floor(device_bytes(weights), weight_flops / self.devices, flops / self.devices)
         if encoder is None:
-            return Job(run, own, (program,))
-        return Job(run, encoder.floor + own, (*encoder.programs, program))
+            return Job(run, ((1, own),), (program,))
+        return Job(run, (*encoder.phases, (1, own)), (*encoder.programs, program))
 
     def answer(self, tokens: int, new: int, encoder: Job) -> Job:
         """A whole answer of `new` tokens to a picture and `tokens`, as `generate` makes it: its host's work too."""
@@ -229,7 +243,8 @@ class Bench:
                 answer.push(made, 0, columns)
             return answer.tokens
 
-        return Job(run, first.floor + step.floor * (new - 1), (*first.programs, *step.programs))
+        (_, floor), *_ = step.phases
+        return Job(run, (*first.phases, (new - 1, floor)), (*first.programs, *step.programs))
 
     def _prompt(self, tokens: int) -> tuple[jax.Array, jax.Array]:
         """A row of random tokens, and how many these are."""

@@ -2,8 +2,8 @@
 
     python -m mllama_jax.bench_profile 11b-instruct decode:1 decode:32 text:1 encode:1 first:128 prefill:8192 --mesh 4
 
-A number is of rows, pictures or tokens, of `first` of those behind a picture. XLA leaves its
-CUDA graphs while it is profiled.
+A number is of rows, pictures or tokens, of `first` of those behind a picture. Decode does not run as one graph then,
+and other graphs XLA leaves while it is profiled.
 """
 
 from __future__ import annotations

@@ -164,12 +164,13 @@ class Engine:
 
     def _decode(self) -> Iterator[tuple[Request, str]]:
         """A block of new tokens for everyone whose prompt has been read; when it comes the next is under way."""
-        block, self._under_way = self._under_way or self._begin(), None
+        self._under_way = block = self._under_way or self._begin()
         if block is None:
             return
+        if self._hurried and block.pending.columns.is_fully_addressable:
+            self.scheduler.encode_ahead()  # while the block comes and is told; where it fails the block is still there
+        self._under_way = None
         following = self.runner.go_on(block.pending, self._steps(block.rows)) if self._may_go_on(block) else None
-        if self._hurried:
-            self.scheduler.encode_ahead()  # the device goes on with that when the block has come
         known = False
         try:
             made, columns = decode.on_host(block.pending.made), int(block.pending.columns)

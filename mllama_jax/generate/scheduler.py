@@ -21,7 +21,7 @@ from mllama_jax.generate.requests import Picture, Request
 from mllama_jax.generate.runner import Runner
 from mllama_jax.generate.slots import Layers
 
-PICTURES = 8  # encoded between two dispatches
+PICTURES = 8  # encoded for one reading
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 
 
@@ -141,6 +141,7 @@ class Scheduler:
     def begin_anew(self, level: Level | None = None) -> None:
         """Empty caches; who had a slot waits in front, and goes on where the answer was."""
         self._give_way(0)
+        self._ahead = {}
         level = level or self.levels[0]
         self.slots = [Slot(row) for row in range(level.rows)]
         self.runner.begin(level)
@@ -184,19 +185,18 @@ class Scheduler:
     def admit(self) -> None:
         """Give slots to those who wait, as far as they fit and their pictures can be encoded."""
         admitted, missing, level = self._next()
+        ahead, self._ahead = self._ahead, {}
         self.move(level)
-        encoded = {
-            digest: self._ahead.get(digest) or self.runner.encode(picture) for digest, picture in missing.items()
-        }
-        self._ahead = {}
+        encoded = {digest: ahead.get(digest) or self.runner.encode(picture) for digest, picture in missing.items()}
         for request in admitted:
             self._place(request, encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
 
     def encode_ahead(self) -> None:
-        """Encode the pictures of those who are admitted next."""
-        _, missing, _ = self._next()
-        self._ahead = {digest: self.runner.encode(picture) for digest, picture in missing.items()}
+        """Encode the pictures of those who are admitted next, where that takes no other level."""
+        _, missing, level = self._next()
+        if level is self.runner.level:
+            self._ahead = {digest: self.runner.encode(picture) for digest, picture in missing.items()}
 
     def _next(self) -> tuple[list[Request], dict[bytes, Picture], Level]:
         """Who can be given a slot now, the pictures that no slot holds, and at which level."""

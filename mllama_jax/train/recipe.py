@@ -78,7 +78,7 @@ class Recipe:
         weight_decay, b2, clip: AdamW's decay, of matrices only, how much of its mean of squares a step keeps, and the
             most that the gradient's norm may be.
         dtype: of the computation and of frozen parameters; what is trained is float32.
-        quantize: `int8` or `int4`, what the decoder's frozen kernels are kept in; for `lora`.
+        quantize: what the decoder's frozen kernels are kept in, as `load` takes it; for `lora`.
         remat: what the backward pass does again of each `layer`: all, all but its products (`dots`), or `nothing`.
         preset: how a mesh of all devices is used: `fsdp`, `fsdp+tensor` ...; one device by default.
         save_every, keep: checkpoints; the last and the best `keep` stay.

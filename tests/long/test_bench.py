@@ -14,6 +14,7 @@ import pytest
 
 from mllama_jax.bench_model import Bench
 from mllama_jax.model.quantize import widen
+from mllama_jax.sharding.mesh import CHIPS
 from tests.conftest import SMALL
 
 
@@ -42,9 +43,22 @@ def test_everything_is_timed_beside_its_name(small_directory: Path, tmp_path: Pa
 def test_int4_reads_less_and_computes_the_same() -> None:
     """Random packed weights are of about the size that those in bfloat16 have."""
     wide, packed = (Bench.of(SMALL, dtype) for dtype in ("bfloat16", "int4"))
-    floors = [bench.decode(1, 64, True).floor for bench in (wide, packed)]
+    floors = [bench.decode(1, 64, True).phases[0][1] for bench in (wide, packed)]
     assert floors[1].weight_flops == pytest.approx(floors[0].weight_flops, rel=0.02)
     assert floors[1].read < 0.6 * floors[0].read
     down = packed.params["text"]["layers_0"]["mlp"]["down"]
     assert 0.5 < float(widen(down["kernel"], down["scale"], jnp.dtype("float32")).std()) * 96**0.5 < 2
     assert np.isfinite(packed.logits()).all()
+
+
+def test_what_follows_takes_its_own_time() -> None:
+    """Phases one after the other: the floors of all, where each may be bound by something else."""
+    bench, chip = Bench.of(SMALL, "bfloat16"), CHIPS["h100"]
+    encoder = bench.encode(1)
+    first = bench.first_token(16, encoder)
+    answer, step = bench.answer(16, 5, encoder), bench.decode(1, 21, True)
+    limit = first.limit(chip, "bfloat16")[0] + 4 * step.limit(chip, "bfloat16")[0]
+    assert answer.limit(chip, "bfloat16")[0] == pytest.approx(limit, rel=1e-6)
+    assert first.limit(chip, "bfloat16")[0] > encoder.limit(chip, "bfloat16")[0]
+    assert answer.read == first.read + 4 * step.read
+    assert len(answer.run()) == 5
