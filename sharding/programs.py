@@ -100,7 +100,7 @@ class Programs:
 
     def decode(self, load: Workload) -> jax.stages.Lowered:
         """A dispatch of decode steps of all slots."""
-        return decode.decoder(one_graph=self.model.constrain.platform == "gpu").lower(
+        return decode.decoder(self.model.constrain.platform).lower(
             self.model, *self.decode_arguments(load), self._settings(load.slots), steps=decode.STEPS, top=0
         )
 

@@ -328,6 +328,35 @@ def test_many_pictures_let_the_others_go_on(
 
 
 @pytest.mark.usefixtures("brisk")
+def test_a_picture_that_cannot_be_encoded_costs_the_others_no_block(
+    tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is encoded behind a block, which is still told when that has failed, and not made again."""
+    alone, first = (ask(tiny, [512, 1, 2], new=20) for _ in range(2))
+    serve(Engine(tiny.model, tiny.params, slots=1, context=256), alone)
+    served = Engine(tiny.model, tiny.params, slots=2, context=256)
+    serve(served, ask(tiny, [512, IMAGE, 3], picture(1)))  # the caches have room for pictures
+    serve_once(served, first)
+    begun, run, encode = [], decode.decode, decode.encode
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(decode, "decode", lambda *args, **more: begun.append(1) or run(*args, **more))
+    monkeypatch.setattr(decode, "encode", failing)
+    shown = ask(tiny, [512, IMAGE, 4], picture(2))
+    with pytest.raises(RuntimeError, match="broken"):
+        serve_once(served, shown)
+    monkeypatch.setattr(decode, "encode", encode)
+    serve_once(served)
+    assert (len(begun), len(first.answer.tokens)) == (1, 1 + engine.HURRY)
+    while served.busy:
+        serve_once(served)
+    assert first.answer.tokens == alone.answer.tokens
+    assert len(shown.answer.tokens) == 6
+
+
+@pytest.mark.usefixtures("brisk")
 def test_the_next_block_is_under_way_when_one_comes(tiny: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
     """On several GPUs a dispatch lasts as long as a block: nobody waits for that, but where someone could be read."""
     served = Engine(tiny.model, tiny.params, slots=2, context=256)

@@ -117,11 +117,7 @@ def test_decode_leaves_early(small: Mllama) -> None:
 
 def test_the_cache_is_updated_in_place(small: Mllama) -> None:
     state, settings = prefilled(small)
-    compiled = (
-        decode.decoder(one_graph=False)
-        .lower(small.model, small.params, state, None, settings, steps=32, top=0)
-        .compile()
-    )
+    compiled = decode.decoder("cpu").lower(small.model, small.params, state, None, settings, steps=32, top=0).compile()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -132,7 +128,7 @@ def test_the_cache_is_updated_in_place(small: Mllama) -> None:
 
 def test_a_second_prompt_of_similar_length_compiles_nothing(small: Mllama, picture: Draw) -> None:
     small.generate_tokens([[512, IMAGE, *range(20)]], [[picture(1, 50, 50)]], max_new_tokens=8)
-    programs: Any = (decode.encode, decode.keys_values, decode.prefill, decode.decoder(one_graph=False))
+    programs: Any = (decode.encode, decode.keys_values, decode.prefill, decode.decoder("cpu"))
     before = [program._cache_size() for program in programs]
     small.generate_tokens([[512, IMAGE, *range(22)]], [[picture(2, 40, 56)]], max_new_tokens=9)
     assert [program._cache_size() for program in programs] == before

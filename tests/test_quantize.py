@@ -273,10 +273,7 @@ def test_what_cannot_be_quantised_is_refused(tiny_directory: Path, tmp_path: Pat
     known = "quantize must be int8, int4, int8-layers, int4-layers"
     with pytest.raises(InputError, match=f"{known} or None, got 'int3'"):
         mllama_jax.load(SHIPPED, quantize="int3")
-    with pytest.raises(
-        InputError,
-        match=rf"{known}, and for our layout \(orbax\), got 'int8'",
-    ):
+    with pytest.raises(InputError, match=rf"{known}, and for our layout \(orbax\), got 'int8'"):
         convert(tiny_directory, tmp_path / "hf", to="hf", quantize="int8")
     convert(tiny_directory, tmp_path / "int8", to="orbax", quantize="int8")
     with pytest.raises(InputError, match="holds int8 weights already; convert what it was made from"):

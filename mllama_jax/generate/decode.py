@@ -242,14 +242,17 @@ def decode(
     Returns the state, the block [B, STEPS] and how many of its columns were made. A row's entries after its end mean
     nothing. The state is donated.
     """
-    run = decoder(one_graph=model.constrain.platform == "gpu")
-    return run(model, params, state, cross, settings, steps=steps, top=top)
+    return decoder(model.constrain.platform)(model, params, state, cross, settings, steps=steps, top=top)
+
+
+def decoder(platform: str, *, one_graph: bool = True) -> jax.stages.Wrapped:
+    """`decode`, jitted for "cpu", "gpu" or "tpu"; without `one_graph` a GPU runs it as XLA does by itself."""
+    return _decoder(in_one_graph=one_graph and platform == "gpu")
 
 
 @functools.cache
-def decoder(*, one_graph: bool) -> jax.stages.Wrapped:
-    """`decode`, jitted; on a GPU as one graph, or as XLA does it by itself."""
-    options = ONE_GRAPH if one_graph else None
+def _decoder(*, in_one_graph: bool) -> jax.stages.Wrapped:
+    options = ONE_GRAPH if in_one_graph else None
     return jax.jit(_decode, static_argnames=("model", "top"), donate_argnames="state", compiler_options=options)
 
 

@@ -73,7 +73,7 @@ def _lowered(served: Engine, level: Level) -> Iterator[jax.stages.Lowered]:
         state = served.runner.state(ints(n), ints(n), ints(n), np.ones(n, bool), counts)
         state = dataclasses.replace(state, cache=caches.text)
         cross = caches.cross(jax.device_put(ints(n, width, 2)), slots.tile_tokens(model))
-        run = decode.decoder(one_graph=model.constrain.platform == "gpu")
+        run = decode.decoder(model.constrain.platform)
         yield run.lower(model, params, state, cross, settings, steps=engine.STEPS, top=top)
 
 
