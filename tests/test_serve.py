@@ -201,7 +201,9 @@ def test_what_operators_ask(client: openai.OpenAI, url: str) -> None:
             answer = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
         assert answer.startswith("HTTP/1.1 200")
         assert text in answer
-    assert metric(url, "mllama_generation_tokens_total") > 0
+    made = metric(url, "mllama_generation_tokens_total")
+    _, told = post(url, "/v1/chat/completions", HELLO)
+    assert metric(url, "mllama_generation_tokens_total") == made + told["usage"]["completion_tokens"] > made
 
 
 def test_curl_streams(url: str) -> None:
