@@ -29,9 +29,9 @@ from mllama_jax.generate.speculate import checked
 from mllama_jax.look import Look, Question, words_of
 from mllama_jax.model.cache import CrossCache
 from mllama_jax.model.mllama import MllamaModel, Params
-from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
+from mllama_jax.processing.chat import ChatTemplate, Prompt, Read, read_conversation
 from mllama_jax.processing.guard import ANSWER, Verdict, guard_prompts, joined, read_verdict
-from mllama_jax.processing.image import preprocess
+from mllama_jax.processing.image import open_image, preprocess
 from mllama_jax.processing.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -213,7 +213,7 @@ class Mllama:
         Raises:
             InputError: the conversation is malformed, or (NoVerdict) the model says neither safe nor unsafe.
         """
-        prompts = guard_prompts(conversation, self._tokenizer())
+        prompts = guard_prompts(conversation, self._tokenizer(), open_image)
         answers = self.complete(prompts, [SamplingParams(max_new_tokens=ANSWER)] * len(prompts))
         return joined(read_verdict(each.text, whole=each.finish_reason == "stop") for each in answers)
 
@@ -249,15 +249,19 @@ class Mllama:
         assert cross is not None
         return decode.on_host(decode.attention_to_tiles(self.model, self.params, rows.tokens, cross))[0]
 
-    def prompt(self, conversation: Conversation, tools: Tools | None = None) -> Prompt:
+    def prompt(self, conversation: Conversation, tools: Tools | None = None) -> Prompt[Image.Image]:
         """The token ids and pictures that a conversation becomes."""
+        return self.read(conversation, tools).opened(open_image)
+
+    def read(self, conversation: Conversation, tools: Tools | None = None) -> Read:
+        """The token ids that a conversation becomes, and its pictures as they were given."""
         tokenizer = self._tokenizer()
         if self.config.vision is None and any(
             isinstance(message, Mapping) and isinstance(parts := message.get("content"), list) and _shows(parts)
             for message in conversation
         ):
             raise InputError("this model is text-only and takes no pictures")
-        return encode_conversation(conversation, tokenizer, self.template, tools=tools)
+        return read_conversation(conversation, tokenizer, self.template, tools=tools)
 
     # ---- how ------------------------------------------------------------------------------------------------------
 

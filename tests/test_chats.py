@@ -30,9 +30,9 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": ()}
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """How many pictures each `encode`, and how many real tokens each `prefill`, was given by a chat."""
+    """How many pictures each `encode`, and how many real tokens each `read`, was given by a chat."""
     counted: dict[str, list[int]] = {"encode": [], "prefill": []}
-    encode, read = decode.encode, slots.read
+    encode, read = slots.encode, slots.read
 
     def count_encode(model: Any, params: Any, pixels: Any, ratio_ids: Any) -> Any:
         counted["encode"].append(len(pixels))
@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         counted["prefill"] += (args[7] + 1).tolist()  # up to the last real token
         return read(*args, **options)
 
-    monkeypatch.setattr(decode, "encode", count_encode)
+    monkeypatch.setattr(slots, "encode", count_encode)
     monkeypatch.setattr(slots, "read", count_read)
     return counted
 

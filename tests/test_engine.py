@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,12 +19,13 @@ from PIL import Image
 
 from mllama_jax import Mllama, SamplingParams
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, engine, levels, requests, scheduler, slots
+from mllama_jax.generate import decode, engine, levels, requests, runner, scheduler, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
 from mllama_jax.model.mllama import MllamaModel
 from mllama_jax.processing.chat import Prompt, load_template
+from mllama_jax.processing.image import open_image
 from mllama_jax.serve.hosts import Connection, FollowedEngine, Follower, Leader, Order, obey
 from mllama_jax.train.pictures import recipe
 from tests.conftest import SMALL
@@ -120,8 +125,8 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> random.Random:
         return run
 
     for module, names in (
-        (decode, ("encode", "keys_values", "decode", "on_host")),
-        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "moved")),
+        (decode, ("decode", "on_host")),
+        (slots, ("encode", "read", "follow", "copy_row", "take_tiles", "put_tiles", "moved")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, fails(getattr(module, name)))
@@ -193,14 +198,15 @@ def test_a_follower_runs_the_same_programs(
     def noting(name: str, program: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
             own = [x for x in args if x is not tiny.model and x is not tiny.params]
-            ran.append((name, [np.asarray(x).tobytes() for x in jax.tree.leaves((own, options)) if np.size(x) < 2000]))
+            leaves = [x for x in jax.tree.leaves((own, options)) if np.size(x) < 2000 or name == "encode"]
+            ran.append((name, [np.asarray(x).tobytes() for x in leaves]))
             return program(*args, **options)
 
         return run
 
     for module, names in (
-        (decode, ("encode", "keys_values", "decode")),
-        (slots, ("read", "follow", "copy_row", "take_tiles", "put_tiles", "moved")),
+        (decode, ("decode",)),
+        (slots, ("encode", "read", "follow", "copy_row", "take_tiles", "put_tiles", "moved")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
@@ -235,16 +241,16 @@ def test_a_follower_runs_the_same_programs(
     assert failed > 3
 
 
-def serve(engine: Engine, *requests: Request) -> None:
-    for each in requests:
+def serve(engine: Engine, *asked: Request) -> None:
+    for each in asked:
         engine.submit(each)
     while engine.busy:
         for _ in engine.step():
             pass
 
 
-def serve_once(engine: Engine, *requests: Request) -> None:
-    for each in requests:
+def serve_once(engine: Engine, *asked: Request) -> None:
+    for each in asked:
         engine.submit(each)
     for _ in engine.step():
         pass
@@ -258,13 +264,13 @@ def ask(tiny: Mllama, tokens: list[int], *images: Image.Image, new: int = 6) -> 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pictures each call of the vision tower was given."""
-    found, encode = [], decode.encode
+    found, encode = [], slots.encode
 
     def counting(model: Any, params: Any, pixels: Any, ratio_ids: Any) -> Any:
         found.append(len(pixels))
         return encode(model, params, pixels, ratio_ids)
 
-    monkeypatch.setattr(decode, "encode", counting)
+    monkeypatch.setattr(slots, "encode", counting)
     return found
 
 
@@ -288,23 +294,89 @@ def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Dr
     assert encoded == [1, 1]
 
 
-def test_a_picture_that_a_slot_holds_is_not_prepared_again(
+def test_a_picture_is_kept_once_for_all_who_show_it(tiny: Mllama, picture: Draw) -> None:
+    first = ask(tiny, [512, IMAGE, 1], picture(1))
+    assert ask(tiny, [512, IMAGE, 2], picture(1)).pictures[0] is first.pictures[0]
+    assert ask(tiny, [512, IMAGE, 2], picture(2)).pictures[0] is not first.pictures[0]
+
+
+def test_a_file_that_a_slot_holds_is_not_prepared_again(
     tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared, preprocess = [], requests.preprocess
+    opened, served = [], Engine(tiny.model, tiny.params, slots=1, context=256)
+    picture(1).save(file := io.BytesIO(), "PNG")
+    monkeypatch.setattr(requests, "open_image", lambda file: opened.append(file) or open_image(file))
+    pictures = requests.Pictures(tiny.config.vision)
 
-    def counting(images: list[Image.Image], vision: Any) -> Any:
-        prepared.extend(images)
-        return preprocess(images, vision)
+    def show(token: int) -> None:
+        answer = Answer(SamplingParams(max_new_tokens=2, stop_ids=()), (), None)
+        serve(served, Request.of(tiny.config, Prompt([512, IMAGE, token], [pictures.of(file.getvalue())]), answer))
 
-    monkeypatch.setattr(requests, "preprocess", counting)
-    served = Engine(tiny.model, tiny.params, slots=1, context=256)
-    serve(served, ask(tiny, [512, IMAGE, 1], picture(1)))
-    serve(served, ask(tiny, [512, IMAGE, 2], picture(1)))
-    assert len(prepared) == 1
-    serve(served, ask(tiny, [512, 3]))
-    serve(served, ask(tiny, [512, IMAGE, 4], picture(1)))
-    assert len(prepared) == 2
+    show(1)
+    show(2)
+    assert len(opened) == 1
+    serve(served, ask(tiny, [512, 3]))  # takes the slot
+    show(4)
+    assert len(opened) == 2
+
+
+def test_a_file_is_prepared_once_for_all_who_show_it_at_once(
+    tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, files = [], []
+    for seed in (1, 2):
+        picture(seed).save(file := io.BytesIO(), "PNG")
+        files.append(file.getvalue())
+    monkeypatch.setattr(requests, "open_image", lambda file: opened.append(file) or open_image(file))
+    pictures = requests.Pictures(tiny.config.vision)
+    with ThreadPoolExecutor(8) as threads:
+        prepared = list(threads.map(pictures.of, files * 16))
+    assert sorted(opened) == sorted(files)
+    assert {each.digest for each in prepared[::2]} == {prepared[0].digest} != {prepared[1].digest}
+    del prepared
+    with pytest.raises(InputError, match="expected a picture"):
+        pictures.of(b"none")
+    pictures.of(files[0])
+    assert len(opened) == 4  # for nobody held it any more
+
+
+def test_who_comes_while_a_picture_is_encoded_is_read_with_it(
+    tiny: Mllama, picture: Draw, encoded: list[int], chunks: list[tuple[int, int]]
+) -> None:
+    served = Engine(tiny.model, tiny.params, slots=4, context=256, pictures=(1, 1))
+    serve(served, ask(tiny, [512]))  # begins
+    serve_once(served, ask(tiny, [512, IMAGE, 1], picture(1)))
+    serve_once(served, ask(tiny, [512, IMAGE, 2], picture(1)), ask(tiny, [512, IMAGE, 3], picture(2)))
+    chunks.clear()
+    serve_once(served)
+    assert encoded == [1, 1]
+    assert len({slot for slot, _ in chunks}) == 3
+
+
+def test_time_is_left_for_more_only_while_the_newest_picture_is_encoded(
+    tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Engine(tiny.model, tiny.params, slots=4, context=256, pictures=(1, 1))
+    serve(served, ask(tiny, [512]))  # begins
+    ready, asked = iter([False, False, True]), []
+
+    class Piece:
+        def __init__(self, picture: requests.Picture):
+            self.digest = picture.digest
+
+        def is_ready(self) -> bool:
+            asked.append(self.digest)
+            return next(ready)
+
+    monkeypatch.setattr(served.runner, "encode", lambda pictures: map(Piece, pictures))
+    shown = [ask(tiny, [512, IMAGE, i], picture(i)) for i in range(3)]
+    serve_once(served, *shown)
+    assert asked == [shown[-1].pictures[0].digest] * 3
+    monkeypatch.setattr(scheduler, "LINGER", 0)
+    ready = itertools.repeat(False)
+    serve_once(served, last := ask(tiny, [512, IMAGE, 4], picture(4)))
+    assert asked[3:] == [last.pictures[0].digest]
+    assert served.scheduler.waiting == deque([*shown, last])
 
 
 @pytest.mark.usefixtures("brisk")
@@ -312,7 +384,8 @@ def test_many_pictures_let_the_others_go_on(
     tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than PICTURES are encoded for one reading, behind a block of the others once the caches have room."""
-    monkeypatch.setattr(scheduler, "PICTURES", 2)
+    for module in scheduler, runner:
+        monkeypatch.setattr(module, "PICTURES", 2)
     served = Engine(tiny.model, tiny.params, slots=6, context=256)
     first = ask(tiny, [512, 1, 2], new=40)
     serve_once(served, first)
@@ -320,11 +393,12 @@ def test_many_pictures_let_the_others_go_on(
         served.submit(ask(tiny, [512, IMAGE, i], picture(i)))
     counts = []
     while served.scheduler.waiting:
-        before = len(encoded), len(first.answer.tokens)
+        before = sum(encoded), len(first.answer.tokens)
         serve_once(served)
-        counts.append((len(encoded) - before[0], len(first.answer.tokens) - before[1]))
+        counts.append((sum(encoded) - before[0], len(first.answer.tokens) - before[1]))
     first = [(0, engine.HURRY), (2, 0)]
     assert counts == [*first, (2, engine.HURRY), (0, 0), (1, engine.HURRY), (0, 0)]
+    assert encoded == [2, 2, 1]
 
 
 @pytest.mark.usefixtures("brisk")
@@ -337,17 +411,17 @@ def test_a_picture_that_cannot_be_encoded_costs_the_others_no_block(
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
     serve(served, ask(tiny, [512, IMAGE, 3], picture(1)))  # the caches have room for pictures
     serve_once(served, first)
-    begun, run, encode = [], decode.decode, decode.encode
+    begun, run, encode = [], decode.decode, slots.encode
 
     def failing(*args: Any) -> Any:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(decode, "decode", lambda *args, **more: begun.append(1) or run(*args, **more))
-    monkeypatch.setattr(decode, "encode", failing)
+    monkeypatch.setattr(slots, "encode", failing)
     shown = ask(tiny, [512, IMAGE, 4], picture(2))
     with pytest.raises(RuntimeError, match="broken"):
         serve_once(served, shown)
-    monkeypatch.setattr(decode, "encode", encode)
+    monkeypatch.setattr(slots, "encode", encode)
     serve_once(served)
     assert (len(begun), len(first.answer.tokens)) == (1, 1 + engine.HURRY)
     while served.busy:
@@ -418,13 +492,13 @@ def test_a_long_prompt_lets_the_others_go_on(tiny: Mllama) -> None:
 @pytest.mark.usefixtures("brisk")
 def test_first_come_first_served(tiny: Mllama) -> None:
     served = Engine(tiny.model, tiny.params, slots=2, context=256)
-    requests = [ask(tiny, [512, i], new=3) for i in range(6)]
-    for each in requests:
+    asked = [ask(tiny, [512, i], new=3) for i in range(6)]
+    for each in asked:
         served.submit(each)
     ended: list[Request] = []
     while served.busy:
         ended += [each for each, _ in served.step() if each.answer.finish_reason]
-    assert ended == requests
+    assert ended == asked
 
 
 @pytest.mark.usefixtures("brisk")

@@ -17,7 +17,7 @@ from PIL import Image
 import mllama_jax
 from mllama_jax import Mllama
 from mllama_jax.errors import InputError
-from mllama_jax.generate import engine, levels
+from mllama_jax.generate import engine, levels, runner, warm
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.levels import Level, Need, choose, free_memory, levels_of, row_bytes
@@ -156,6 +156,18 @@ def compilations(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]
     jax.config.update("jax_log_compiles", True)
     yield lambda: caplog.text.count("Finished XLA compilation")
     jax.config.update("jax_log_compiles", False)
+
+
+@pytest.mark.parametrize(("spare", "at_once"), [(None, runner.PICTURES), (0, 1)])
+def test_pictures_go_one_by_one_where_several_do_not_fit(
+    model: Mllama, monkeypatch: pytest.MonkeyPatch, spare: int | None, at_once: int
+) -> None:
+    shrink(monkeypatch, 32)
+    monkeypatch.setattr(warm, "spare_memory", lambda: spare)
+    served = Engine(model.model, model.params, slots=1, context=32, pictures=(1, 1))
+    for _ in warm.warm_up(served):
+        pass
+    assert served.runner.at_once == at_once
 
 
 def test_a_server_holds_what_fits(

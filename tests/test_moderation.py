@@ -15,6 +15,7 @@ import mllama_jax
 from mllama_jax import Mllama, cli
 from mllama_jax.errors import InputError
 from mllama_jax.processing.guard import CATEGORIES, NoVerdict, Verdict, guard_prompts, read_verdict
+from mllama_jax.processing.image import open_image
 from mllama_jax.processing.tokenizer import Tokenizer
 from mllama_jax.serve.app import App
 from mllama_jax.serve.service import Limits, Service
@@ -82,7 +83,7 @@ def tokenizer() -> Tokenizer:
 
 
 def texts(conversation: list[Any], tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.decode(p.tokens, skip_specials=False) for p in guard_prompts(conversation, tokenizer)]
+    return [tokenizer.decode(p.tokens, skip_specials=False) for p in guard_prompts(conversation, tokenizer, open_image)]
 
 
 def test_a_question_is_asked_about_as_the_model_was_trained(tokenizer: Tokenizer) -> None:
@@ -117,7 +118,7 @@ Agent: Take eggs."""
 
 def test_pictures_are_shown_one_at_a_time(tokenizer: Tokenizer) -> None:
     first, second = Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))
-    prompts = guard_prompts([user(first, "And?"), agent("Well."), user(second, "<|image|>")], tokenizer)
+    prompts = guard_prompts([user(first, "And?"), agent("Well."), user(second, "<|image|>")], tokenizer, open_image)
     assert [[image.size for image in prompt.images] for prompt in prompts] == [[(8, 8)], [(9, 9)]]
     assert [prompt.tokens.count(tokenizer.image_token) for prompt in prompts] == [1, 1]
 

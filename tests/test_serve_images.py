@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from mllama_jax.errors import InputError
+from mllama_jax.processing.image import open_image
 from mllama_jax.serve import images
+from mllama_jax.serve.measure import data_url
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,8 @@ def test_of_several_frames_the_first_is_taken(kind: str) -> None:
     file, colours = io.BytesIO(), ((200, 0, 0), (0, 200, 0))
     first, second = (Image.new("RGB", (16, 16), colour) for colour in colours)
     first.save(file, kind, save_all=True, append_images=[second])
-    picture = images.decode_picture(file.getvalue())
+    url = data_url(file.getvalue(), "jpeg" if kind == "MPO" else kind.lower())
+    picture = open_image(images.read_picture(url))
     assert (picture.mode, picture.size) == ("RGB", (16, 16))
     assert np.abs(np.asarray(picture, int) - colours[0]).max() < 8
 

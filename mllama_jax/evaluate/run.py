@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from PIL import Image
 from tqdm import tqdm
 
 from mllama_jax.errors import InputError
 from mllama_jax.evaluate.data import Row
 from mllama_jax.evaluate.folder import Folder, Record
 from mllama_jax.evaluate.recipe import Recipe
-from mllama_jax.generate.requests import digest_of
 
 if TYPE_CHECKING:
     from mllama_jax import Mllama
@@ -95,6 +96,13 @@ def ask(model: Mllama, recipe: Recipe, rows: Sequence[Row]) -> list[Record]:
             }
         )
     return records
+
+
+def digest_of(image: Image.Image) -> bytes:
+    """Equal for pictures of equal pixels and size."""
+    digest = hashlib.sha256(repr((image.size, image.mode)).encode())
+    digest.update(image.tobytes())
+    return digest.digest()
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:

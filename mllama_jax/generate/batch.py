@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -99,7 +100,7 @@ def make_rows(
 def check_rows(
     config: MllamaConfig,
     tokens: Sequence[Sequence[int]],
-    images: Sequence[Sequence[Image.Image]],
+    images: Sequence[Sequence[Any]],
     new_tokens: Sequence[int],
 ) -> None:
     """Refuse rows (see `make_rows`) that the model cannot read."""

@@ -19,6 +19,8 @@ from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.attention import attention_weights, largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
+from mllama_jax.model.vision import TILES
+from mllama_jax.processing.image import MEAN, STD
 
 CHUNK = 2048  # tokens of a prompt read at once
 STEPS = 32  # decode steps in one dispatch at most
@@ -88,6 +90,12 @@ def on_host(tree: Any) -> Any:
     if jax.tree.leaves(tree)[0].is_fully_addressable:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def normalise(pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
+    """`processing.image.normalise` on the device, for uint8 tiles [I, C, 3, P, P]; absent tiles become zeros."""
+    real = jnp.arange(pixels.shape[1]) < jnp.asarray(TILES)[ratio_ids][:, None]  # I C
+    return (pixels / 255 - MEAN) / STD * real[:, :, None, None, None]
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -82,6 +82,7 @@ class Engine:
 
     def step(self) -> Iterator[tuple[Request, str]]:
         """Admit who waits and read, or decode a block, in turn where there is both; gives who got which new text.
+        While nobody decodes a step may also only begin to encode pictures of who waits.
 
         A request is finished when its answer has a `finish_reason`. Where this is left by an exception, what the slots
         held is lost, and the next call reads it again.
@@ -91,6 +92,9 @@ class Engine:
             self.scheduler.begin_anew()
         decoding = any(slot.request and not slot.reading for slot in self.scheduler.slots)
         if self._under_way is None and not (self._has_read and decoding):
+            if not decoding and self.scheduler.encode_ahead():
+                self.scheduler.linger()
+                return  # who has come meanwhile is read at once with them
             self.scheduler.admit()
             self._has_read = any(slot.reading for slot in self.scheduler.slots)
             if self._has_read:

@@ -122,6 +122,12 @@ def free_memory() -> int | None:
     return max(0, int(megabytes.min())) << 20
 
 
+def spare_memory() -> int | None:
+    """Bytes of each device that caches leave to programs; None where devices do not tell."""
+    found = [device.memory_stats() for device in jax.local_devices()]
+    return int(SPARE * min(stats["bytes_limit"] for stats in found if stats)) if all(found) else None
+
+
 def sizes() -> list[int]:
     """How many tokens of a prompt a program may take."""
     return ladder(CHUNK // 4, CHUNK)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,17 @@ from mllama_jax.generate.batch import check_rows
 from mllama_jax.generate.sampling import LOGPROBS_AT_MOST, SamplingParams, Settings
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
-from mllama_jax.processing.image import preprocess
+from mllama_jax.processing.image import open_image, split_tiles
+
+AT_ONCE = 4  # files that are prepared
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture that is ready for the vision tower: pixels float32 [1, C, 3, P, P], ratio id int32 [1]."""
+    """A picture as the device takes it: uint8 pixels [1, C, 3, P, P] and ratio id int32 [1].
+
+    The digest is of both, so that equal ones look equal to the model.
+    """
 
     digest: bytes
     pixels: np.ndarray
@@ -32,11 +38,15 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image, vision: VisionConfig) -> Picture:
-        """Prepare a picture, unless somebody, such as a slot, still holds it prepared."""
-        digest = digest_of(image)
-        if (picture := _held.get((digest, vision))) is None:
-            picture = _held[digest, vision] = cls(digest, *preprocess([image], vision))
-        return picture
+        """Prepare a picture; the one that somebody, such as a slot, still holds where there is an equal one."""
+        tiles, ratio_id = split_tiles(image, vision.tile, vision.max_tiles)
+        pixels = np.ascontiguousarray(tiles)[None]
+        if absent := vision.max_tiles - len(tiles):
+            pixels = np.pad(pixels, ((0, 0), (0, absent), *((0, 0),) * 3))
+        digest = hashlib.sha256(pixels.data)
+        digest.update(bytes([ratio_id]))
+        picture = cls(digest.digest(), pixels, np.array([ratio_id], np.int32))
+        return _held.setdefault((picture.digest, vision), picture)
 
     @property
     def tiles(self) -> int:
@@ -44,6 +54,30 @@ class Picture:
 
 
 _held: weakref.WeakValueDictionary[tuple[bytes, VisionConfig], Picture] = weakref.WeakValueDictionary()
+
+
+class Pictures:
+    """Prepares picture files, each once for as long as somebody, such as a slot, holds it prepared.
+
+    Few at once: one may take 400 MB, and their threads would keep the engine's from Python's lock.
+    """
+
+    def __init__(self, vision: VisionConfig | None):
+        self.vision, self._few = vision, threading.BoundedSemaphore(AT_ONCE)
+        self._lock, self._prepared = threading.Lock(), weakref.WeakValueDictionary[bytes, Picture]()
+        self._turns = weakref.WeakValueDictionary[bytes, threading.Lock]()
+
+    def of(self, file: bytes) -> Picture:
+        """Prepare a file, or wait until somebody else has. Raises InputError where it is no picture."""
+        assert self.vision is not None
+        key = hashlib.sha256(file).digest()
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            if (picture := self._prepared.get(key)) is None:
+                with self._few:
+                    picture = self._prepared[key] = Picture.of(open_image(file), self.vision)
+            return picture
 
 
 class Guide(Protocol):
@@ -86,14 +120,17 @@ class Request:
         return sum(picture.tiles for picture in self.pictures)
 
     @classmethod
-    def of(cls, config: MllamaConfig, prompt: Prompt, answer: Answer, guide: Guide | None = None) -> Request:
-        """Prepare a prompt, which takes a while where there are pictures; InputError where the model cannot read it."""
+    def of(cls, config: MllamaConfig, prompt: Prompt[Any], answer: Answer, guide: Guide | None = None) -> Request:
+        """Prepare a prompt, which takes a while where its pictures are not ready: they are Pictures or PIL images.
+
+        Raises InputError where the model cannot read it.
+        """
         check_rows(config, [prompt.tokens], [prompt.images], [answer.params.max_new_tokens])
         answer.params.check_ids(config.text.vocab)
         pictures = []
         for image in prompt.images:
             assert config.vision is not None
-            pictures.append(Picture.of(image, config.vision))
+            pictures.append(image if isinstance(image, Picture) else Picture.of(image, config.vision))
         return cls.prepared(config, prompt, answer, pictures, guide)
 
     @classmethod
@@ -104,13 +141,6 @@ class Request:
         digests = iter([picture.digest for picture in pictures])
         marks = [next(digests) if token == config.image_token else token for token in prompt.tokens]
         return cls(prompt, answer, marks, pictures, image_spans(prompt.tokens, config.image_token), guide)
-
-
-def digest_of(image: Image.Image) -> bytes:
-    """Equal for pictures of equal pixels and size."""
-    digest = hashlib.sha256(repr((image.size, image.mode)).encode())
-    digest.update(image.tobytes())
-    return digest.digest()
 
 
 # ---- In arrays ----------------------------------------------------------------------------------------------------

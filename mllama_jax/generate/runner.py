@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -16,6 +16,8 @@ from mllama_jax.generate.requests import Picture, Request, settings_of
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.generate.slots import Caches, Layers
 from mllama_jax.model.mllama import MllamaModel, Params
+
+PICTURES = 8  # for one reading at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,12 +42,14 @@ class Runner:
 
     Attributes:
         level: of the caches.
+        at_once: pictures that one program encodes, where just so many are to be: PICTURES, or 1 if these do not fit.
         caches: None where a program has taken them.
     """
 
     def __init__(self, model: MllamaModel, params: Params, level: Level):
         self.model, self.params, self.level = model, params, level
         self.caches: Caches | None = None
+        self.at_once = PICTURES
         self._dispatcher = ThreadPoolExecutor(1, "dispatch")
 
     def begin(self, level: Level) -> None:
@@ -67,12 +71,13 @@ class Runner:
 
     # ---- Pictures and rows ------------------------------------------------------------------------------------------
 
-    def encode(self, picture: Picture) -> Layers:
-        """Keys and values of a picture. Several at once would gain little, and the first would wait for all pixels."""
-        features = decode.encode(self.model, self.params, picture.pixels, picture.ratio_id)
-        tiles = np.arange(slots.picture_tiles(self.model), dtype=np.int32)[None]
-        nobody = np.zeros((*tiles.shape, 2), np.int32)
-        return decode.keys_values(self.model, self.params, features, tiles, nobody).layers
+    def encode(self, pictures: Sequence[Picture]) -> Iterator[Layers]:
+        """Keys and values of each picture. Just `at_once` go together, else each goes alone, for few programs."""
+        size = self.at_once if len(pictures) == self.at_once else 1
+        for start in range(0, len(pictures), size):
+            some = pictures[start : start + size]
+            pixels, ratio_ids = [each.pixels for each in some], np.concatenate([each.ratio_id for each in some])
+            yield from slots.encode(self.model, self.params, pixels, ratio_ids)
 
     def put(self, piece: Layers, row: int, first: int) -> None:
         """Put a picture's keys and values into a row from a tile on."""

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from mllama_jax.errors import InputError
 from mllama_jax.generate import levels
 from mllama_jax.generate.levels import Level, Need
 from mllama_jax.generate.requests import Picture, Request
-from mllama_jax.generate.runner import Runner
+from mllama_jax.generate.runner import PICTURES, Runner
 from mllama_jax.generate.slots import Layers
 
-PICTURES = 8  # encoded for one reading
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
+LINGER = 0.02  # seconds: any device takes longer for a picture of a model whose answers are worth waiting for
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,8 +100,7 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raises InputError where a request can never have a slot."""
         prompt, new, room = len(request.marks), request.answer.params.max_new_tokens, self.room(request.tiles)
-        if len(request.pictures) > self.pictures:
-            raise InputError(f"{len(request.pictures)} pictures exceed the {self.pictures} of a slot; show fewer")
+        self.check_pictures(len(request.pictures))
         if prompt + new > room:
             shown = f" beside {request.tiles} tiles of pictures" if request.tiles else ""
             why = "of a slot" if room == self.context else f"that fit into memory{shown}"
@@ -107,6 +108,11 @@ class Scheduler:
                 f"{prompt} prompt tokens and {new} new ones exceed the {room} positions {why}; shorten the prompt or "
                 f"max_new_tokens{', or show less' if room < self.context and shown else ''}"
             )
+
+    def check_pictures(self, shown: int) -> None:
+        """Raises InputError where so many can never have a slot."""
+        if shown > self.pictures:
+            raise InputError(f"{shown} pictures exceed the {self.pictures} of a slot; show fewer")
 
     def room(self, tiles: int) -> int:
         """How many positions a request may have that shows pictures of so many tiles."""
@@ -187,16 +193,33 @@ class Scheduler:
         admitted, missing, level = self._next()
         ahead, self._ahead = self._ahead, {}
         self.move(level)
-        encoded = {digest: ahead.get(digest) or self.runner.encode(picture) for digest, picture in missing.items()}
+        encoded = self._encoded(missing, ahead)
         for request in admitted:
             self._place(request, encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
 
-    def encode_ahead(self) -> None:
-        """Encode the pictures of those who are admitted next, where that takes no other level."""
+    def encode_ahead(self) -> bool:
+        """Encode the pictures of those who are admitted next, where that takes no other level.
+
+        Gives whether there were any, and with those who come meanwhile there may be more.
+        """
         _, missing, level = self._next()
-        if level is self.runner.level:
-            self._ahead = {digest: self.runner.encode(picture) for digest, picture in missing.items()}
+        if level is not self.runner.level or missing.keys() <= self._ahead.keys():
+            return False
+        self._ahead = self._encoded(missing, self._ahead)
+        return len(missing) < PICTURES
+
+    def linger(self) -> None:
+        """Leave time for more to come while the device encodes what is read next, LINGER at most."""
+        ends, newest = time.monotonic() + LINGER, jax.tree.leaves([*self._ahead.values()])[-1]
+        while not newest.is_ready() and time.monotonic() < ends:
+            time.sleep(LINGER / 20)
+
+    def _encoded(self, pictures: dict[bytes, Picture], known: dict[bytes, Layers]) -> dict[bytes, Layers]:
+        """Keys and values of pictures, some of which are known."""
+        new = {digest: picture for digest, picture in pictures.items() if digest not in known}
+        found = known | dict(zip(new, self.runner.encode([*new.values()]), strict=True))
+        return {digest: found[digest] for digest in pictures}
 
     def _next(self) -> tuple[list[Request], dict[bytes, Picture], Level]:
         """Who can be given a slot now, the pictures that no slot holds, and at which level."""
@@ -242,7 +265,7 @@ class Scheduler:
 
     def _take(self, picture: Picture) -> Layers:
         if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
-            return self.runner.encode(picture)
+            return next(self.runner.encode([picture]))
         slot, tile = held
         return self.runner.take(slot.row, tile)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mllama_jax.generate.decode import Made, State, choose
+from mllama_jax.generate.decode import Made, State, choose, normalise
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
@@ -44,6 +44,16 @@ def empty(model: MllamaModel, *, slots: int, length: int, tiles: int) -> Caches:
     text = tuple(layer.placed(model.constrain) for layer in model.empty_cache(slots, length))
     one = model.empty_layer(slots, tiles * tile_length(model))
     return Caches(text, tuple(one.placed(model.constrain, "image_seq") for _ in model.config.text.cross_layers))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode(model: MllamaModel, params: Params, pixels: list[jax.Array], ratio_ids: jax.Array) -> list[Layers]:
+    """Keys and values of pictures, uint8 [1, C, 3, P, P] each, in the form of `take_tiles`."""
+    scaled = normalise(jnp.concatenate(pixels), ratio_ids)
+    features = call(model, params, "encode", scaled, ratio_ids)  # I C N D
+    nobody = jnp.zeros((*features.shape[:2], 2), jnp.int32)
+    layers = call(model, params, "keys_values", features, nobody).layers
+    return [jax.tree.map(lambda x: x[i : i + 1], layers) for i in range(len(pixels))]  # noqa: B023
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")

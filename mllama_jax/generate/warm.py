@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +20,9 @@ from mllama_jax.config import VisionConfig
 from mllama_jax.generate import decode, engine, slots
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
-from mllama_jax.generate.levels import Level, Need, choose
+from mllama_jax.generate.levels import Level, Need, choose, spare_memory
 from mllama_jax.generate.requests import Picture, Request, settings_of
+from mllama_jax.generate.runner import PICTURES
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt
@@ -36,18 +38,21 @@ def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
     fit is known now.
     """
     levels = served.scheduler.levels
-    programs = sum(len(KINDS) + len(level.reads()) for level in levels)
+    encoders = list(_encoders(served))
+    programs = len(encoders) + sum(len(KINDS) + len(level.reads()) for level in levels)
     steps, done = programs + len(levels), itertools.count(1)
     compilers = ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1))
     try:  # JAX keeps what was compiled for calls with such arguments
         lowered = itertools.chain.from_iterable(_lowered(served, level) for level in reversed(levels))
         compiled = []
-        for each in lowered:
+        for each in itertools.chain(encoders, lowered):
             compiled.append(compilers.submit(each.compile))
             yield 0, steps
         for each in compiled:
             each.result()
             yield next(done), steps
+        if encoders and not _fits(compiled[len(encoders) - 1].result()):
+            served.runner.at_once = 1
     finally:
         compilers.shutdown(cancel_futures=True)
     for level in levels:
@@ -55,6 +60,23 @@ def warm_up(served: Engine) -> Iterator[tuple[int, int]]:
         yield next(done), steps
     served.scheduler.begin_anew()
     served.scheduler.counts.clear()
+
+
+def _encoders(served: Engine) -> Iterator[jax.stages.Lowered]:
+    """The programs that encode pictures, if any are."""
+    vision = served.config.vision
+    if vision is not None and any(level.tiles for level in served.scheduler.levels):
+        picture = _picture(vision)
+        for size in 1, PICTURES:
+            ratio_ids = np.repeat(picture.ratio_id, size)
+            yield slots.encode.lower(served.runner.model, served.runner.params, [picture.pixels] * size, ratio_ids)
+
+
+def _fits(program: jax.stages.Compiled) -> bool:
+    """Whether there is memory for what a program makes and needs meanwhile."""
+    memory: Any = program.memory_analysis()
+    spare = spare_memory()
+    return spare is None or memory.temp_size_in_bytes + memory.output_size_in_bytes <= spare
 
 
 def _lowered(served: Engine, level: Level) -> Iterator[jax.stages.Lowered]:
@@ -83,7 +105,9 @@ def _rehearse(served: Engine, level: Level) -> None:
     scheduler.begin_anew(level)
     runner.copy(0, 0)
     if level.tiles and (vision := served.config.vision) is not None:
-        runner.put(runner.encode(_picture(vision)), 0, 0)
+        for size in 1, runner.at_once:
+            for piece in runner.encode([_picture(vision)] * size):
+                runner.put(piece, 0, 0)
         runner.put(runner.take(0, 0), 0, 0)
     numbers = itertools.count()
     for kind, (rows, size) in itertools.product(KINDS, level.reads()):
@@ -100,7 +124,7 @@ def _rehearse(served: Engine, level: Level) -> None:
 
 
 def _picture(vision: VisionConfig) -> Picture:
-    pixels = np.zeros((1, vision.max_tiles, 3, vision.tile, vision.tile), np.float32)
+    pixels = np.zeros((1, vision.max_tiles, 3, vision.tile, vision.tile), np.uint8)
     return Picture(b"", pixels, np.array([TILES.index(vision.max_tiles)], np.int32))
 
 

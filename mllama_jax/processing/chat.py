@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -28,6 +28,7 @@ from mllama_jax.errors import InputError
 from mllama_jax.processing.image import open_image
 from mllama_jax.processing.tokenizer import Tokenizer
 
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 END = 2**31 - 1  # beyond any position: tokens yet to be generated see the last image
 
@@ -40,11 +41,11 @@ _VARIABLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(Generic[T]):
     """What the model is given: token ids with one image token for each picture, in order."""
 
     tokens: list[int]
-    images: list[Image.Image]
+    images: list[T]
 
 
 # ---- Template -----------------------------------------------------------------------------------------------------
@@ -161,12 +162,45 @@ def encode_conversation(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
-) -> Prompt:
-    """A conversation as the model reads it, beginning with exactly one beginning of text.
+) -> Prompt[Image.Image]:
+    """A conversation as the model reads it, its pictures opened; see `read_conversation`."""
+    read = read_conversation(
+        conversation, tokenizer, template, add_generation_prompt=add_generation_prompt, tools=tools
+    )
+    return read.opened(open_image)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Token ids of a conversation, and the sources of its pictures in order, each with the name of its field."""
+
+    tokens: list[int]
+    sources: list[tuple[str, Any]]
+
+    def opened(self, opener: Callable[[Any], T]) -> Prompt[T]:
+        """With what a function makes of each source; its InputErrors name the fields."""
+        images = []
+        for where, source in self.sources:
+            try:
+                images.append(opener(source))
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+        return Prompt(self.tokens, images)
+
+
+def read_conversation(
+    conversation: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> Read:
+    """A conversation in token ids, beginning with exactly one beginning of text.
 
     Only the template writes special tokens: their names in messages and tools are mere text, even where a name comes
-    about between two parts. `tools` are JSON schemas. Raises `InputError` for what is not a conversation, for pictures
-    that cannot be opened and for what the template refuses.
+    about between two parts. `tools` are JSON schemas. Raises `InputError` for what is not a conversation and for what
+    the template refuses.
     """
     escape = _escaper(tuple(tokenizer.specials))
     if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(each, Mapping) for each in tools)):
@@ -183,7 +217,7 @@ def encode_conversation(
         raise InputError(f"chat template: expected an image token for each of {len(sources)} images, got {count}")
     while tokens[:1] == [tokenizer.bos]:
         del tokens[0]
-    return Prompt([tokenizer.bos, *tokens], [_open(source, where) for where, source in sources])
+    return Read([tokenizer.bos, *tokens], sources)
 
 
 def _check(
@@ -242,13 +276,6 @@ def _plain(value: Any, where: str, escape: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key, where, escape): _plain(each, where, escape) for key, each in value.items()}
     raise InputError(f"{where}: expected JSON data, got {type(value).__name__}")
-
-
-def _open(source: Any, where: str) -> Image.Image:
-    try:
-        return open_image(source)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 # ---- Tokens -------------------------------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from mllama_jax.errors import InputError
-from mllama_jax.processing.chat import ChatTemplate, Prompt, encode_conversation
+from mllama_jax.processing.chat import ChatTemplate, Prompt, read_conversation
 from mllama_jax.processing.tokenizer import Tokenizer
 
+T = TypeVar("T")
 CATEGORIES = {  # in the words of its prompt; its model card says what falls under each
     "S1": "Violent Crimes",
     "S2": "Non-Violent Crimes",
@@ -60,12 +61,15 @@ class Verdict:
 SAFE = Verdict(True)
 
 
-def guard_prompts(conversation: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[Prompt]:
+def guard_prompts(
+    conversation: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, opener: Callable[[Any], T]
+) -> list[Prompt[T]]:
     """The questions whether the last turn of a conversation is safe; one for each picture, since a guard sees but one.
+    `opener` makes images of their sources.
 
     Raises InputError for what is not a conversation.
     """
-    whole = encode_conversation(conversation, tokenizer, _template())
+    whole = read_conversation(conversation, tokenizer, _template()).opened(opener)
     if len(whole.images) < 2:
         return [whole]
     first = whole.tokens.index(tokenizer.image_token)

@@ -173,9 +173,11 @@ def split_tiles(image: Image.Image, tile: int, max_tiles: int) -> tuple[np.ndarr
         raise InputError(f"picture: expected at least one pixel, got {image.width}x{image.height}")
     rows, columns = grid = choose_canvas(image.height, image.width, tile, max_tiles)
     height, width = fit(image.height, image.width, rows * tile, columns * tile, tile)
-    resized = to_rgb(image).resize((width, height), Image.Resampling.BILINEAR)
-    canvas = np.zeros((rows * tile, columns * tile, 3), np.uint8)
-    canvas[:height, :width] = np.asarray(resized)
+    resized = to_rgb(image)
+    if resized.size != (width, height):
+        resized = resized.resize((width, height), Image.Resampling.BILINEAR)
+    canvas = np.empty((rows * tile, columns * tile, 3), np.uint8)  # not zeros, which keep other threads waiting
+    canvas[:height, :width], canvas[:height, width:], canvas[height:] = np.asarray(resized), 0, 0
     tiles = canvas.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3)
     return tiles.reshape(rows * columns, 3, tile, tile), ASPECT_RATIOS.index(grid) + 1
 

@@ -96,7 +96,7 @@ class App:
             asked = await self.service.aside(protocol.chat_request, body, self.service.name, self.service.picture)
         else:
             asked = protocol.text_request(body, self.service.name)
-        tokens = (await self.service.aside(self.service.prompt, asked.prompts[0], asked.tools)).tokens
+        tokens = (await self.service.aside(self.service.read, asked.prompts[0], asked.tools)).tokens
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.scheduler.room(0)})
 
     async def look(self, body: dict[str, Any], request: Request) -> Response:
@@ -107,8 +107,8 @@ class App:
             answer = last.get("content") if last.get("role") == "assistant" else None
             if not isinstance(answer, str):
                 raise InputError("messages: expected an assistant's text at the end, where shall it have looked?")
-            prompt = await self.service.aside(self.service.prompt, asked.prompts[0], asked.tools)
-            self.service.looking.check(len(prompt.tokens), len(prompt.images))
+            read = await self.service.aside(self.service.read, asked.prompts[0], asked.tools)
+            self.service.looking.check(len(read.tokens), len(read.sources))
             return JSONResponse(told_look(await self.service.look(conversation, answer, asked.tools)))
 
     # ---- Completions ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.engine import Engine
-from mllama_jax.generate.requests import Request
+from mllama_jax.generate.requests import Picture, Pictures, Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.processing.guard import ANSWER, Verdict, guard_prompts, joined, read_verdict
@@ -38,20 +38,21 @@ class Guard:
         if model.tokenizer is None:
             raise InputError(f"{model.directory}: no tokenizer.json or tokenizer.model here; a guard needs one, add it")
         self.model, self.aside = model, aside
-        (task,) = guard_prompts([{"role": "user", "content": ""}], model.tokenizer)
+        self._pictures = Pictures(model.config.vision)
+        (task,) = guard_prompts([{"role": "user", "content": ""}], model.tokenizer, self._pictures.of)
         context += len(task.tokens) + ANSWER
         engine = Engine(model.model, model.params, slots=slots, context=context, pictures=(1, 1), memory=memory)
         self.worker = Worker(engine, turns, number=1)
 
     async def judge(self, conversation: list[Any]) -> Verdict:
         """What the guard says of the last turn. Raises NoVerdict where it says neither safe nor unsafe."""
-        prompts = await self.aside(guard_prompts, conversation, self.model.tokenizer)
+        prompts = await self.aside(guard_prompts, conversation, self.model.tokenizer, self._pictures.of)
         return joined(await asyncio.gather(*map(self._ask, prompts)))
 
-    async def _ask(self, prompt: Prompt) -> Verdict:
+    async def _ask(self, prompt: Prompt[Picture]) -> Verdict:
         config = self.model.config
         answer = Answer(SamplingParams(max_new_tokens=ANSWER), config.stops, self.model.tokenizer)
-        request = await self.aside(Request.of, config, prompt, answer)
+        request = Request.of(config, prompt, answer)
         async for _ in self.worker.answer(request):
             pass
         return read_verdict(answer.text, whole=answer.finish_reason == "stop")

@@ -14,10 +14,7 @@ import time
 from collections.abc import Collection
 from urllib.parse import urljoin, urlsplit
 
-from PIL import Image
-
 from mllama_jax.errors import InputError
-from mllama_jax.processing.image import open_image
 
 TYPES = ("image/jpeg", "image/png", "image/webp")
 MAX_BYTES = 20 * 2**20
@@ -25,22 +22,17 @@ SECONDS = 10.0  # for a download, its redirects included
 REDIRECTS = 3
 
 
-def read_picture(url: str, hosts: Collection[str] = ()) -> Image.Image:
-    """The picture that a URL holds or names; `hosts` are those from which it may be fetched. Raises InputError."""
+def read_picture(url: str, hosts: Collection[str] = ()) -> bytes:
+    """The picture file that a URL holds or names, in one of `TYPES` as it begins; `hosts` are those from which it may
+    be fetched. Raises InputError."""
     scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        return decode_picture(_inline(url))
-    if scheme not in ("http", "https"):
+    if scheme not in ("data", "http", "https"):
         raise InputError(f"image_url: expected a data URL or http(s), got {url[:40]!r}")
-    return decode_picture(fetch(url, hosts))
-
-
-def decode_picture(content: bytes) -> Image.Image:
-    """A picture's first frame, upright and in RGB; its format and size are judged before it is decoded."""
+    content = _inline(url) if scheme == "data" else fetch(url, hosts)
     known = content[:3] == b"\xff\xd8\xff" or content[:8] == b"\x89PNG\r\n\x1a\n" or content[8:12] == b"WEBP"
     if not known:
         raise InputError(f"image_url: expected a JPEG, PNG or WebP picture, got {len(content)} bytes that are none")
-    return open_image(content)
+    return content
 
 
 def _inline(url: str) -> bytes:

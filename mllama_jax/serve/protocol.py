@@ -8,8 +8,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 from mllama_jax.errors import InputError
 from mllama_jax.generate.sampling import SamplingParams
 
@@ -65,8 +63,8 @@ def parse(body: bytes) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], Image.Image]) -> Asked:
-    """What /v1/chat/completions takes; `picture` opens a URL. Raises InputError, naming the field."""
+def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], bytes]) -> Asked:
+    """What /v1/chat/completions takes; `picture` gives the file at a URL. Raises InputError, naming the field."""
     _known(body, _CHAT, model)
     top, wanted = _typed(body, "top_logprobs", int, 0), _typed(body, "logprobs", bool, False)
     if top and not wanted:
@@ -164,8 +162,8 @@ def sampling(asked: Asked, room: int, stops: Sequence[int]) -> SamplingParams:
     return SamplingParams.of(settings)
 
 
-def _conversation(messages: Any, picture: Callable[[str], Image.Image]) -> list[Any]:
-    """OpenAI's messages as ours: pictures opened, the arguments of tool calls as objects."""
+def _conversation(messages: Any, picture: Callable[[str], bytes]) -> list[Any]:
+    """OpenAI's messages as ours: pictures as files, the arguments of tool calls as objects."""
     if not isinstance(messages, list):
         raise InputError(f"messages: expected a list, got {type(messages).__name__}")
     made, images = [], 0
@@ -185,7 +183,7 @@ def _conversation(messages: Any, picture: Callable[[str], Image.Image]) -> list[
     return made
 
 
-def _part(part: Any, where: str, picture: Callable[[str], Image.Image]) -> Any:
+def _part(part: Any, where: str, picture: Callable[[str], bytes]) -> Any:
     if not isinstance(part, dict) or part.get("type") not in ("text", "image_url"):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise InputError(f"{where}: expected a part of type 'text' or 'image_url', got {kind!r}")

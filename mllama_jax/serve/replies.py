@@ -109,18 +109,19 @@ class Replies:
                 seen[i] = piece.end
                 if not asked.tools and (piece.text or logprobs):
                     yield event([choice(i, {"content": piece.text}, logprobs=logprobs)])
+            last = []  # in one go: each event costs the server a call, and they come for all rows of a block at once
             for i, job in enumerate(jobs):
                 calls = tool_calls(job.answer.text) if asked.tools and job.verdict.safe else None
                 if calls:
-                    yield event([choice(i, {"tool_calls": [{"index": 0, **call} for call in calls]})])
+                    last.append(event([choice(i, {"tool_calls": [{"index": 0, **call} for call in calls]})]))
                 elif asked.tools and job.verdict.safe:
-                    yield event([choice(i, {"content": job.answer.text})])
-                yield event([choice(i, {}, "tool_calls" if calls else job.finish_reason)])
+                    last.append(event([choice(i, {"content": job.answer.text})]))
+                last.append(event([choice(i, {}, "tool_calls" if calls else job.finish_reason)]))
             if asked.usage:
-                yield event([], usage=usage(jobs))
+                last.append(event([], usage=usage(jobs)))
         except (EngineFault, InputError) as error:
-            yield b"data: " + json.dumps(fault(str(error), "server_error")).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
+            last = [b"data: " + json.dumps(fault(str(error), "server_error")).encode() + b"\n\n"]
+        yield b"".join([*last, b"data: [DONE]\n\n"])
 
 
 def told_look(look: Look) -> dict[str, Any]:

@@ -17,18 +17,17 @@ from jax.errors import JaxRuntimeError
 
 from mllama_jax.api import Mllama
 from mllama_jax.errors import InputError
-from mllama_jax.generate import requests
 from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.batch import Rows
 from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.levels import free_memory, row_bytes
+from mllama_jax.generate.requests import Pictures, Request
 from mllama_jax.generate.slots import picture_tiles
 from mllama_jax.generate.warm import warm_up
 from mllama_jax.look import Look
 from mllama_jax.processes import leaving
-from mllama_jax.processing.chat import Prompt
+from mllama_jax.processing.chat import Read
 from mllama_jax.processing.guard import SAFE, Verdict
-from mllama_jax.processing.image import tiles_of
 from mllama_jax.serve import protocol
 from mllama_jax.serve.guard import Guard, as_conversation
 from mllama_jax.serve.guide import Guide, Vocabulary
@@ -42,7 +41,7 @@ from mllama_jax.serve.worker import Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
 
-PREPARING = 8  # requests whose pictures are prepared at once: a picture may take 400 MB
+PREPARING = 8  # requests that are prepared at once, their pictures fetched if need be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Service:
         self.ready = False
         self.looking = Looking(model, engine.scheduler.room(0), limits.pictures)
         self._one_looks = asyncio.Lock()  # one at a time, between steps of the engine
-        self._preparing = ThreadPoolExecutor(PREPARING)
+        self._preparing, self._pictures = ThreadPoolExecutor(PREPARING), Pictures(model.config.vision)
 
     def start(self) -> None:
         for worker in self._workers():
@@ -144,7 +143,7 @@ class Service:
         self.ready = True
 
     async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
-        """Answer a conversation piece by piece as a route would, but without HTTP and a guard."""
+        """Answer a conversation whose pictures are bytes piece by piece, as a route would without HTTP and a guard."""
         asked = Asked([conversation], settings, None, False, False, False)
         async for _, piece in self._pieces(await self.aside(self.jobs, asked, time.monotonic())):
             yield piece
@@ -164,12 +163,13 @@ class Service:
 
     # ---- Answers ----------------------------------------------------------------------------------------------------
 
-    def prompt(self, prompt: Any, tools: list[Any] | None) -> Prompt:
+    def read(self, prompt: Any, tools: list[Any] | None) -> Read:
+        """A prompt in token ids, and its pictures as they were given."""
         if isinstance(prompt, str):
-            return Prompt([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
+            return Read([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
         if prompt and isinstance(prompt[0], int):
-            return Prompt(list(prompt), [])
-        return self.model.prompt(prompt, tools)
+            return Read(list(prompt), [])
+        return self.model.read(prompt, tools)
 
     def read_chat(self, body: dict[str, Any], began: float) -> tuple[Asked, list[Job]]:
         """All in one go: in stages, the first of many requests would be ready when the last has come as far."""
@@ -180,13 +180,16 @@ class Service:
         """The answers that are asked for, prepared as far as the engine is not needed."""
         config, made = self.model.config, []
         for asked_prompt in asked.prompts:
-            prompt = self.prompt(asked_prompt, asked.tools)
-            tiles = sum(tiles_of(image, config.vision) for image in prompt.images if config.vision)
+            read = self.read(asked_prompt, asked.tools)
+            self.worker.engine.scheduler.check_pictures(len(read.sources))
+            prompt = read.opened(self._pictures.of)
+            tiles = sum(picture.tiles for picture in prompt.images)
             room = self.worker.engine.scheduler.room(tiles) - len(prompt.tokens)
             for params in protocol.sampling(asked, room, config.stops).each():
                 answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
                 guide = None if asked.schema is None else self.guide(asked.schema)
-                made.append(Job(requests.Request.of(config, prompt, answer, guide), asked_prompt, began))
+                request = Request.of(config, prompt, answer, guide)
+                made.append(Job(request, asked_prompt, began))
         return made
 
     async def judge(self, prompt: Any, answer: str | None = None) -> Verdict:
@@ -268,7 +271,7 @@ class Service:
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self.tokenizer, self.model.config.text.vocab, self.model.config.stops)
 
-    def picture(self, url: str) -> Any:
+    def picture(self, url: str) -> bytes:
         return read_picture(url, self.limits.hosts)
 
     async def aside(self, work: Callable[..., Any], *args: Any) -> Any:

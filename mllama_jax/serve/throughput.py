@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mllama_jax.serve.service import Service
 
 ROWS, PROMPT, NEW = 32, 128, 128  # requests at once, tokens of a prompt, tokens of an answer
+CLIENTS = 4  # processes that ask over HTTP
 PEER = "transformers, one batch"
 T = TypeVar("T")
 
@@ -131,7 +132,7 @@ def run(config: MllamaConfig, name: str, cache: str | None, rounds: int, told: T
         place, tokenizer = Path(directory), made_up_tokenizer(config.text.vocab, Path(directory))
         served = Mllama(bare.model, bare.params, tokenizer, load_template(place), place)
         service = Service(served, name, slots=ROWS, context=8192, limits=Limits())
-    with listening(service) as port, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+    with listening(service) as port, ProcessPoolExecutor(CLIENTS, multiprocessing.get_context("spawn")) as clients:
         measure(service, port, clients, rounds, told)
 
 
@@ -146,7 +147,7 @@ def measure(service: Service, port: int, clients: Executor, rounds: int, told: T
             questions = draw.round(pictures)
             found["engine"].append(asyncio.run(together([in_process(service, question) for question in questions])))
             bodies = [request_body(question) for question in draw.round(pictures)]
-            found["HTTP"].append(clients.submit(over_http, port, bodies).result())
+            found["HTTP"].append(over_http(clients, port, bodies))
         for way, all_rounds in found.items():
             requests = ROWS / statistics.median(each.seconds for each in all_rounds[1:])
             tokens = statistics.median(each.decoding for each in all_rounds[1:]) if way == "engine" else None
@@ -171,7 +172,7 @@ class Questions:
         self.random, vision = np.random.default_rng(0), service.model.config.vision
         assert vision is not None
         self.side = 2 * vision.tile
-        nothing = service.model.prompt(conversation(Question(self._picture(), "")))
+        nothing = service.model.read(conversation(Question(self._picture(), "")))
         self.others = len(nothing.tokens)  # tokens around a text
 
     def round(self, pictures: int, length: int = PROMPT) -> list[Question]:
@@ -224,10 +225,21 @@ def request_body(question: Question) -> bytes:
     return json.dumps(asked).encode()
 
 
-def over_http(port: int, bodies: Sequence[bytes]) -> Round:
-    """Requests at once, from a process of their own: what a client does is no work of the server's."""
-    came, seconds = asyncio.run(_timed([post(port, body) for body in bodies]))
-    return Round.of([_read(each) for each in came], seconds)
+def over_http(clients: Executor, port: int, bodies: Sequence[bytes]) -> Round:
+    """Requests at once, from processes of their own: what a client does is no work of the server's."""
+    begins = time.time() + 0.2  # when all have theirs
+    asked = [clients.submit(_ask, port, bodies[i::CLIENTS], begins) for i in range(CLIENTS)]
+    told = [each.result() for each in asked]
+    answers = [told[i % CLIENTS][0][i // CLIENTS] for i in range(len(bodies))]
+    return Round.of(answers, max(ended for _, ended in told) - begins)
+
+
+def _ask(port: int, bodies: Sequence[bytes], begins: float) -> tuple[list[Answered], float]:
+    """The answers, and when the last had come."""
+    time.sleep(max(0, begins - time.time()))
+    came, _ = asyncio.run(_timed([post(port, body) for body in bodies]))
+    ended = time.time()
+    return [_read(each) for each in came], ended
 
 
 def _read(events: bytes) -> Answered:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from PIL import Image
@@ -15,7 +14,7 @@ from PIL import Image
 from mllama_jax.config import MllamaConfig
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import image_spans
-from mllama_jax.processing.image import MEAN, STD, open_image, split_tiles
+from mllama_jax.processing.image import open_image, split_tiles
 from mllama_jax.processing.tokenizer import Tokenizer
 
 IGNORED = -1
@@ -87,12 +86,6 @@ def make_batch(rows: Sequence[tuple[Row, list[Image.Image]] | None], shape: Shap
 def stacked(batches: list[Batch]) -> Batch:
     """Batches of the same shapes, each array with a first axis for them."""
     return jax.tree.map(lambda *each: np.stack(each), *batches)
-
-
-def normalise(pixels: jax.Array, ratio_ids: jax.Array) -> jax.Array:
-    """`processing.image.normalise` on the device, for tiles [I, C, 3, P, P]; padding tiles become zeros."""
-    real = jnp.arange(pixels.shape[1]) < jnp.asarray(TILES)[ratio_ids][:, None]  # I C
-    return (pixels / 255 - MEAN) / STD * real[:, :, None, None, None]
 
 
 def answer_labels(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:

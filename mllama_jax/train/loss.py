@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from einops import rearrange
 
+from mllama_jax.generate.decode import normalise
 from mllama_jax.model.attention import largest_divisor
 from mllama_jax.model.mllama import MllamaModel, Params, call
-from mllama_jax.train.batch import IGNORED, Batch, normalise
+from mllama_jax.train.batch import IGNORED, Batch
 
 LOGITS_AT_ONCE = 2**27  # of all rows, before they are spread over a mesh
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_answers_over_http_are_the_engines(tiny_directory: Path, monkeypatch: py
         asked = [throughput.in_process(service, question) for question in questions]
         within = asyncio.run(throughput.together(asked))
         bodies = [throughput.request_body(question) for question in questions]
-        outside = throughput.over_http(port, bodies)
+        with ThreadPoolExecutor() as clients:
+            outside = throughput.over_http(clients, port, bodies)
     assert [answer.text for answer in outside.answers] == [answer.text for answer in within.answers]
     assert len({answer.text for answer in within.answers}) == 3
     for answer, question in zip(within.answers, questions, strict=True):
