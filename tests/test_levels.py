@@ -82,6 +82,7 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(20), Device(22)])
     assert free_memory() == pytest.approx((0.9 * 80 - 22) * 2**30, abs=2**20)
+    assert warm.spare_memory() == pytest.approx(0.1 * 80 * 2**30, abs=2**20)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(79)])
     assert free_memory() == 0
 

@@ -115,17 +115,21 @@ def free_memory() -> int | None:
     found = [device.memory_stats() for device in jax.local_devices()]
     if not all(found):
         return None
-    free = [(1 - SPARE) * stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats]
-    megabytes = np.array(int(min(free)) >> 20, np.int32)
-    if jax.process_count() > 1:  # all must come to the same levels
-        megabytes = multihost_utils.process_allgather(megabytes)
-    return max(0, int(megabytes.min())) << 20
+    return _least([(1 - SPARE) * stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats])
 
 
 def spare_memory() -> int | None:
-    """Bytes of each device that caches leave to programs; None where devices do not tell."""
+    """Bytes that caches leave to programs on every device of all processes; None where devices do not tell."""
     found = [device.memory_stats() for device in jax.local_devices()]
-    return int(SPARE * min(stats["bytes_limit"] for stats in found if stats)) if all(found) else None
+    return _least([SPARE * stats["bytes_limit"] for stats in found if stats]) if all(found) else None
+
+
+def _least(found: list[float]) -> int:
+    """The least number of bytes, in whole megabytes, that any process has found, so that all decide alike."""
+    megabytes = np.array(int(min(found)) >> 20, np.int32)
+    if jax.process_count() > 1:
+        megabytes = multihost_utils.process_allgather(megabytes)
+    return max(0, int(megabytes.min())) << 20
 
 
 def sizes() -> list[int]:

@@ -22,7 +22,7 @@ from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt, image_spans
 from mllama_jax.processing.image import open_image, split_tiles
 
-AT_ONCE = 4  # files that are prepared
+AT_ONCE = 4  # files that are prepared in one moment
 
 
 @dataclasses.dataclass(frozen=True)

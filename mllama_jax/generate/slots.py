@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def encode(model: MllamaModel, params: Params, pixels: list[jax.Array], ratio_id
     features = call(model, params, "encode", scaled, ratio_ids)  # I C N D
     nobody = jnp.zeros((*features.shape[:2], 2), jnp.int32)
     layers = call(model, params, "keys_values", features, nobody).layers
-    return [jax.tree.map(lambda x: x[i : i + 1], layers) for i in range(len(pixels))]  # noqa: B023
+    return [jax.tree.map(operator.itemgetter(slice(i, i + 1)), layers) for i in range(len(pixels))]
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")

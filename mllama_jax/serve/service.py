@@ -164,12 +164,17 @@ class Service:
     # ---- Answers ----------------------------------------------------------------------------------------------------
 
     def read(self, prompt: Any, tools: list[Any] | None) -> Read:
-        """A prompt in token ids, and its pictures as they were given."""
+        """A prompt in token ids, and its pictures as they were given, under the names of their fields in a request."""
         if isinstance(prompt, str):
             return Read([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
         if prompt and isinstance(prompt[0], int):
             return Read(list(prompt), [])
-        return self.model.read(prompt, tools)
+        read = self.model.read(prompt, tools)
+
+        def field(where: str) -> str:
+            return f"messages{where.removeprefix('conversation')}_url"
+
+        return Read(read.tokens, [(field(where), source) for where, source in read.sources])
 
     def read_chat(self, body: dict[str, Any], began: float) -> tuple[Asked, list[Job]]:
         """All in one go: in stages, the first of many requests would be ready when the last has come as far."""
