@@ -19,6 +19,7 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.decoding import blocks
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache, KVCache
+from mllama_jax.model.gpu_all_reduce import peers
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
 from mllama_jax.model.quantize import GROUP, count, lay_out
 from mllama_jax.model.vision import TILES
@@ -162,13 +163,14 @@ class Bench:
         read = device_bytes((weights, full))
         cache, cross = full = jax.tree.map(_like, full)  # the memory is needed while this is timed, not before
         run_steps = decode.decoder(self.model.constrain.platform, one_graph=self.one_graph)
-        program = self._program(run_steps, start(cache), cross, settings, steps=decode.STEPS, top=0)
+        others = peers(self.model.constrain)
+        program = self._program(run_steps, start(cache), cross, settings, others, steps=decode.STEPS, top=0)
         filled: list[Any] = []
 
         def run() -> Any:
             (cache, cross), tokens = filled.pop() if filled else fill(), []
             for _ in range(DISPATCHES):
-                after, _, _ = program(start(cache), cross, settings, steps=decode.STEPS)
+                after, _, _ = program(start(cache), cross, settings, others, steps=decode.STEPS)
                 cache = after.cache
                 tokens.append(after.token)
             filled.append((cache, cross))
@@ -277,8 +279,8 @@ class Bench:
     def _decode_weights(self, pictures: bool) -> Params:
         return decode_weights(self.params, self.model.config.text, pictures=pictures)
 
-    def logits(self) -> np.ndarray:
-        """Of two rows of 16 tokens with a picture each: float32 [2, 16, V]."""
+    def logits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of two rows of 16 tokens with a picture each, float32 [2, 16, V], and of one more in a decode step [2, V]."""
         text, vision = self.model.config.text, self.model.config.vision
         tokens, cross = jax.random.randint(jax.random.key(1), (2, 16), 0, text.vocab), None
         if vision is not None:
@@ -286,7 +288,14 @@ class Bench:
             tiles = jnp.arange(2 * vision.max_tiles, dtype=jnp.int32).reshape(2, -1)
             spans = jnp.broadcast_to(jnp.array([0, 2**30], jnp.int32), (*tiles.shape, 2))
             cross = decode.keys_values(self.model, self.params, features, tiles, spans)
-        return np.asarray(decode.on_host(decode.all_logits(self.model, self.params, tokens, cross)))
+        read = decode.all_logits(self.model, self.params, tokens, cross)
+        cache, settings = decode.new_cache(self.model, 2, 16 + decode.STEPS), self._settings(2)
+        lengths = jnp.full(2, 16, jnp.int32)
+        state, _ = decode.prefill(self.model, self.params, tokens, lengths, cache, cross, settings, top=0)
+        state = dataclasses.replace(state, token=tokens[:, 0])
+        _, made, _ = decode.decode(self.model, self.params, state, cross, settings, steps=1, top=text.vocab)
+        read, ranks, step = decode.on_host((read, made.top_tokens[:, 0], made.top_logprobs[:, 0]))
+        return read, np.take_along_axis(step, ranks.argsort(axis=-1), axis=-1)
 
     def _settings(self, rows: int) -> Settings:
         endless = SamplingParams(max_new_tokens=2**30, stop_ids=())
@@ -306,7 +315,7 @@ def abstract(config: MllamaConfig, dtype: str, devices: int, cache: str | None =
 def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | None = None) -> float:
     """How far logits of a few layers, one of each kind, are from those of one device, of the largest.
 
-    Both have the same random weights and read two rows of 16 tokens with a picture each.
+    Both have the same random weights and read two rows of 16 tokens with a picture each, and one more each in a step.
     """
     config = shallow(config, min(config.text.cross_layers, default=0) + 1)
     if config.vision is not None:
@@ -317,8 +326,8 @@ def spread_error(config: MllamaConfig, dtype: str, devices: int, cache: str | No
     model, tree = abstract(config, dtype, devices, cache)
     params = jax.device_put(alone.params, jax.tree.map(lambda leaf: leaf.sharding, tree))
     together = Bench(model, lay_out(params, model.constrain.platform))
-    one, several = (each.logits() for each in (alone, together))
-    return float(np.abs(several - one).max() / np.abs(one).max())
+    pairs = zip(alone.logits(), together.logits(), strict=True)
+    return max(float(np.abs(several - one).max() / np.abs(one).max()) for one, several in pairs)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

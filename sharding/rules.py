@@ -42,6 +42,7 @@ class Rules:
 
     mesh: Mesh | AbstractMesh
     table: tuple[tuple[str, MeshAxes], ...]
+    peers: jax.Array | None = dataclasses.field(default=None, compare=False)  # within a program, see `gpu_all_reduce`
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, table: Mapping[str, MeshAxes]) -> Rules:

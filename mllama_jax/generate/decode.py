@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.attention import attention_weights, largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache
+from mllama_jax.model.gpu_all_reduce import peers
 from mllama_jax.model.mllama import MllamaModel, Params, call
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.image import MEAN, STD
@@ -250,7 +251,8 @@ def decode(
     Returns the state, the block [B, STEPS] and how many of its columns were made. A row's entries after its end mean
     nothing. The state is donated.
     """
-    return decoder(model.constrain.platform)(model, params, state, cross, settings, steps=steps, top=top)
+    run = decoder(model.constrain.platform)
+    return run(model, params, state, cross, settings, peers(model.constrain), steps=steps, top=top)
 
 
 def decoder(platform: str, *, one_graph: bool = True) -> jax.stages.Wrapped:
@@ -270,10 +272,13 @@ def _decode(
     state: State,
     cross: CrossCache | None,
     settings: Settings,
+    peers: jax.Array | None = None,
     *,
     steps: jax.Array,
     top: int,
 ) -> tuple[State, Made, jax.Array]:
+    if peers is not None:
+        model = model.clone(constrain=dataclasses.replace(model.constrain, peers=peers))
     rows = state.token.shape[0]
 
     def more(carry: tuple) -> jax.Array:

@@ -34,6 +34,11 @@ class Constrain(Protocol):
         """The mesh, None without one."""
         ...
 
+    @property
+    def peers(self) -> jax.Array | None:
+        """In a program that adds up few rows by `gpu_all_reduce`: what its `peers` says."""
+        ...
+
     def axes(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes of a logical axis."""
         ...
@@ -50,7 +55,7 @@ class Constrain(Protocol):
 class Unconstrained:
     """No mesh."""
 
-    mesh = None
+    mesh = peers = None
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x
@@ -132,26 +137,41 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", "scale"):
-            kernel, scale = (self.get_variable("params", name) for name in ("kernel", "scale"))
-            y = self.quantized(x, kernel, scale)
+            weights = tuple(self.get_variable("params", name) for name in ("kernel", "scale"))
         else:
             init = nn.initializers.normal(self.shape[-1] ** -0.5)
-            y = einsum(self.equation, x, parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype))
+            weights = (parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype),)
+        y = self._whole(x, *weights)
         if self.has_variable("params", "lora_a"):
             y += low_rank(self.equation, x, *(self.get_variable("params", name) for name in ("lora_a", "lora_b")))
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, self.shape[:-1], self.axes[:-1]).astype(x.dtype)
         return y
 
-    def quantized(self, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        """The product with a quantised kernel; a mesh may split that by "embed", but never an activation's "embed"."""
-        axes = tuple(None if axis == "embed" else axis for axis in self.axes)
+    def _whole(self, x: jax.Array, *weights: jax.Array) -> jax.Array:
+        """The product, of all devices' parts where a mesh splits the inputs."""
+        if self.constrain.peers is not None:
+            from mllama_jax.model.gpu_all_reduce import summed
+
+            if (y := summed(self._product, self._axes, self.constrain, x, *weights)) is not None:
+                return y
+        return self._product(self.constrain, x, *weights)
+
+    @property
+    def _axes(self) -> Axes:
+        """The kernel's in a product: a mesh may split it by "embed", but never an activation's "embed"."""
+        return tuple(None if axis == "embed" else axis for axis in self.axes)
+
+    def _product(self, constrain: Constrain, x: jax.Array, kernel: jax.Array, *scale: jax.Array) -> jax.Array:
+        """With a kernel, or a quantised one and its scale."""
+        if not scale:
+            return einsum(self.equation, x, kernel)
         few_rows = None
-        if kernel.dtype == jnp.uint8 and on_hopper(self.constrain, x.dtype):
+        if kernel.dtype == jnp.uint8 and on_hopper(constrain, x.dtype):
             from mllama_jax.model.hopper_int4 import for_rows
 
-            few_rows = for_rows(x, scale, axes, self.constrain)
-        return product(self.equation, x, kernel, scale, self.constrain.parts(axes[-1]), few_rows)
+            few_rows = for_rows(x, *scale, self._axes, constrain)
+        return product(self.equation, x, kernel, *scale, constrain.parts(self._axes[-1]), few_rows)
 
 
 class RMSNorm(nn.Module):
