@@ -19,7 +19,6 @@ from mllama_jax.generate.answer import Answer
 from mllama_jax.generate.decoding import blocks
 from mllama_jax.generate.sampling import SamplingParams, Settings
 from mllama_jax.model.cache import CrossCache, KVCache
-from mllama_jax.model.gpu_all_reduce import peers
 from mllama_jax.model.mllama import MllamaModel, Params, abstract_parameters
 from mllama_jax.model.quantize import GROUP, count, lay_out
 from mllama_jax.model.vision import TILES
@@ -163,14 +162,14 @@ class Bench:
         read = device_bytes((weights, full))
         cache, cross = full = jax.tree.map(_like, full)  # the memory is needed while this is timed, not before
         run_steps = decode.decoder(self.model.constrain.platform, one_graph=self.one_graph)
-        others = peers(self.model.constrain)
-        program = self._program(run_steps, start(cache), cross, settings, others, steps=decode.STEPS, top=0)
+        among = decode.peers_of(self.model, rows)
+        program = self._program(run_steps, start(cache), cross, settings, among, steps=decode.STEPS, top=0)
         filled: list[Any] = []
 
         def run() -> Any:
             (cache, cross), tokens = filled.pop() if filled else fill(), []
             for _ in range(DISPATCHES):
-                after, _, _ = program(start(cache), cross, settings, others, steps=decode.STEPS)
+                after, _, _ = program(start(cache), cross, settings, among, steps=decode.STEPS)
                 cache = after.cache
                 tokens.append(after.token)
             filled.append((cache, cross))

@@ -42,7 +42,7 @@ class Rules:
 
     mesh: Mesh | AbstractMesh
     table: tuple[tuple[str, MeshAxes], ...]
-    peers: jax.Array | None = dataclasses.field(default=None, compare=False)  # within a program, see `gpu_all_reduce`
+    peers: jax.Array | None = dataclasses.field(default=None, compare=False)  # within a program, see `gpu_peers`
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, table: Mapping[str, MeshAxes]) -> Rules:
@@ -53,6 +53,10 @@ class Rules:
         if missing := sorted(used - set(mesh.axis_names)):
             raise InputError(f"mesh: expected axes {sorted(used)}, got {list(mesh.axis_names)}; {missing} are missing")
         return cls(mesh, tuple(table.items()))
+
+    def among(self, peers: jax.Array) -> Rules:
+        """The same within a program in which devices send each other few rows by `gpu_peers`."""
+        return dataclasses.replace(self, peers=peers)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes of a logical axis."""

@@ -21,12 +21,13 @@ from PIL import Image
 
 import mllama_jax
 from mllama_jax import Mllama, SamplingParams
+from mllama_jax.config import TextConfig
 from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
-from mllama_jax.generate import speculate
-from mllama_jax.model import attention, hopper_int4, layers, tpu_attention
+from mllama_jax.generate import decode, speculate
+from mllama_jax.model import attention, gpu_peers, hopper_int4, layers, tpu_attention
 from mllama_jax.model.layers import Axes, Unconstrained, unconstrained
 from mllama_jax.model.quantize import from_int4, to_int4
 from mllama_jax.processing.chat import Prompt
@@ -182,6 +183,45 @@ def few(directory: str) -> None:
             print(json.dumps({"mesh": axes, "error": max(errors), "met": list(dict.fromkeys(met))}))
 
 
+def peers(directory: str) -> None:
+    """Decode steps in which devices send each other rows as `gpu_peers` has it, on meshes against one device.
+
+    JAX's own collectives stand in for its kernels. Prints over which axes something was sent, and whether each device
+    knows where the slots of those are that share its rows.
+    """
+    wanted, tokens = answers(mllama_jax.load(directory, dtype="float32"))
+    sent: list[str] = []
+
+    def all_reduce(x: jax.Array, peers: jax.Array, axis: str) -> jax.Array:
+        sent.append(axis)
+        return jax.lax.psum(x, ("kv", "q"))
+
+    def all_gather(x: jax.Array, peers: jax.Array, axis: str) -> jax.Array:
+        sent.append(axis)
+        return jax.lax.all_gather(x, ("kv", "q"), axis=x.ndim - 1, tiled=True)
+
+    def as_if_in_half(constrain: Rules, text: TextConfig, dtype: jnp.dtype, rows: int) -> jax.Array | None:
+        return gpu_peers.peers(constrain, text, jnp.dtype("bfloat16"), rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_peers, "on_hopper", lambda *_: True)
+        patch.setattr(gpu_peers, "_reach_each_other", lambda _: True)
+        patch.setattr(gpu_peers, "all_reduce", all_reduce)
+        patch.setattr(gpu_peers, "all_gather", all_gather)
+        patch.setattr(decode, "peers", as_if_in_half)
+        for axes in ({"data": 2, "kv": 2, "q": 2}, {"data": 1, "kv": 4, "q": 2}):
+            mesh = make_mesh(axes, jax.devices())
+            sent.clear()
+            logits, made = answers(mllama_jax.load(directory, dtype="float32", mesh=mesh))
+            error = float(np.abs(logits - wanted).max())
+            table, slots = gpu_peers._peers(mesh, ("data",), ("kv", "q"))
+            known, at = np.asarray(table)[..., :-1].copy().view(np.uint64), np.zeros(table.shape[:2], np.uint64)
+            for shard in slots.addressable_shards:
+                at[shard.index[:2]] = shard.data.unsafe_buffer_pointer()
+            right = bool((known[..., :-1] == at[:, None]).all() and (known[..., -1] == at).all())
+            print(json.dumps({"mesh": axes, "error": error, "tokens": made == tokens, "sent": sent, "known": right}))
+
+
 def cached(directory: str) -> None:
     """int8 caches on meshes against one device; prints errors, and how far caches in float32 are off."""
     wanted, tokens = answers(mllama_jax.load(directory, dtype="float32", cache="int8"))
@@ -314,6 +354,6 @@ def clean(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for task in (compare, quantized, packed, few, cached, drafted, kernels, refuse, restore, clean):
+    for task in (compare, quantized, packed, few, peers, cached, drafted, kernels, refuse, restore, clean):
         if task.__name__ == sys.argv[1]:
             task(sys.argv[2])

@@ -181,7 +181,7 @@ def test_a_block_is_told_while_the_next_is_made(
 
     blocks, told, original = [], [], decode.decode
     monkeypatch.setattr(decode, "decode", lambda *args, **kwargs: blocks.append(1) or original(*args, **kwargs))
-    monkeypatch.setattr(decode, "returns_at_once", lambda columns: at_once)
+    monkeypatch.setattr(decode, "returns_at_once", lambda model, block: at_once)
     limit = 1 + 3 * decode.STEPS
     for _ in small.stream(question(picture(1), "What is it?"), max_new_tokens=limit, stop_ids=()):
         told.append(len(blocks))

@@ -72,6 +72,12 @@ def test_int8_equals_its_shard_scales_on_one_device(spread_directory: Path) -> N
         assert found["other_scales"] > 1e-4, found  # with one scale for all parts the logits are others
 
 
+def test_steps_send_few_rows_to_their_peers(spread_directory: Path) -> None:
+    for each in equal(8, "peers", str(spread_directory)):
+        assert each["sent"] == ["embedding", *["heads", "mlp"] * 4, "vocab"]  # traced once, of four layers
+        assert each["known"]
+
+
 def test_few_rows_over_int4_meet_whole_parts_of_kernels(spread_directory: Path) -> None:
     """Rows, outputs and inputs of what a device multiplies: for queries, gate and up, down."""
     serve, train = map(json.loads, run(8, "few", str(spread_directory)).splitlines())

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from mllama_jax.generate.sampling import Settings, sample
 from mllama_jax.model.attention import attention_weights, largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache
-from mllama_jax.model.gpu_all_reduce import peers
+from mllama_jax.model.gpu_peers import peers
 from mllama_jax.model.mllama import MllamaModel, Params, call
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.image import MEAN, STD
@@ -77,13 +77,15 @@ class Made:
     top_logprobs: jax.Array
 
 
-def returns_at_once(columns: jax.Array) -> bool:
-    """Whether the dispatch of `decode` that gave this was back before its block had come.
+def returns_at_once(model: MllamaModel, block: Made) -> bool:
+    """Whether the dispatch of `decode` that gave this was back before the block had come.
 
-    Not on several GPUs: collectives are no part of XLA's CUDA graphs, so the host is asked before each step.
+    XLA's collectives are no part of its CUDA graphs: with them on several GPUs the host is asked before each step.
     """
-    devices = columns.sharding.device_set
-    return len(devices) == 1 or next(iter(devices)).platform != "gpu"
+    rows, devices = block.token.shape[0], block.token.sharding.device_set
+    if len(devices) == 1 or model.constrain.platform != "gpu":
+        return True
+    return model.constrain.parts("batch") == 1 and peers_of(model, rows) is not None
 
 
 def on_host(tree: Any) -> Any:
@@ -251,8 +253,13 @@ def decode(
     Returns the state, the block [B, STEPS] and how many of its columns were made. A row's entries after its end mean
     nothing. The state is donated.
     """
-    run = decoder(model.constrain.platform)
-    return run(model, params, state, cross, settings, peers(model.constrain), steps=steps, top=top)
+    run, among = decoder(model.constrain.platform), peers_of(model, state.token.shape[0])
+    return run(model, params, state, cross, settings, among, steps=steps, top=top)
+
+
+def peers_of(model: MllamaModel, rows: int) -> jax.Array | None:
+    """What `decoder` is to be given for so many rows, see `gpu_peers`."""
+    return peers(model.constrain, model.config.text, model.dtype, rows)
 
 
 def decoder(platform: str, *, one_graph: bool = True) -> jax.stages.Wrapped:
@@ -278,7 +285,7 @@ def _decode(
     top: int,
 ) -> tuple[State, Made, jax.Array]:
     if peers is not None:
-        model = model.clone(constrain=dataclasses.replace(model.constrain, peers=peers))
+        model = model.clone(constrain=model.constrain.among(peers))
     rows = state.token.shape[0]
 
     def more(carry: tuple) -> jax.Array:

@@ -56,7 +56,7 @@ def blocks(
     while _go_on(answers):
         state, block, columns = following or dispatch(state)
         # To gather a block from several processes is itself a program, behind the next block.
-        ahead = _go_on(answers, STEPS) and decode.returns_at_once(columns) and columns.is_fully_addressable
+        ahead = _go_on(answers, STEPS) and decode.returns_at_once(model, block) and columns.is_fully_addressable
         following = dispatch(state) if ahead else None
         yield decode.on_host(block), [int(columns)] * len(answers)
 

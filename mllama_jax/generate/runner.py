@@ -131,8 +131,8 @@ class Runner:
     def _dispatch(
         self, state: decode.State, settings: Settings, spans: jax.Array, top: int, steps: int
     ) -> Future[Pending]:
-        """Decode in the thread for that: several GPUs ask their host before each step whether there is another, so
-        that a dispatch lasts as long as the block. Nobody else touches the caches until it is done."""
+        """Decode in the thread for that: where XLA's collectives join several GPUs these ask their host before each
+        step, so that a dispatch lasts as long as the block. Nobody else touches the caches until it is done."""
         caches = self._taken()
 
         def run() -> Pending:

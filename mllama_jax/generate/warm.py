@@ -24,7 +24,6 @@ from mllama_jax.generate.levels import Level, Need, choose, spare_memory
 from mllama_jax.generate.requests import Picture, Request, settings_of
 from mllama_jax.generate.runner import PICTURES
 from mllama_jax.generate.sampling import SamplingParams
-from mllama_jax.model.gpu_all_reduce import peers
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.chat import Prompt
 
@@ -97,7 +96,8 @@ def _lowered(served: Engine, level: Level) -> Iterator[jax.stages.Lowered]:
         state = dataclasses.replace(state, cache=caches.text)
         cross = caches.cross(jax.device_put(ints(n, width, 2)), slots.tile_tokens(model))
         run = decode.decoder(model.constrain.platform)
-        yield run.lower(model, params, state, cross, settings, peers(model.constrain), steps=engine.STEPS, top=top)
+        among = decode.peers_of(model, n)
+        yield run.lower(model, params, state, cross, settings, among, steps=engine.STEPS, top=top)
 
 
 def _rehearse(served: Engine, level: Level) -> None:

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...], cross: CrossCache | None
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Run tokens int [B, T] at positions int [B, T]; returns normed states [B, T, D] and the cache they extend."""
-        x = self.embedding.astype(self.dtype)[tokens]
+        x = self._gathered(self.embedding.astype(self.dtype)[tokens], "embedding")
         x = self.constrain(x, "batch", "seq", "residual")
         self.sow("intermediates", "embedded", x)
         selves = iter(cache)
@@ -127,5 +127,13 @@ class Decoder(nn.Module):
             y = self.head(x)
         y = self.constrain(y, "batch", *("seq",) * (y.ndim - 2), "vocab")  # else the head's kernel would be gathered
         if y.ndim == 2:  # one position a row: sampling looks at all of its logits again and again
-            y = self.constrain(y, "batch", None)
+            y = self.constrain(self._gathered(y, "vocab"), "batch", None)
         return y.astype(jnp.float32)
+
+    def _gathered(self, x: jax.Array, axis: str) -> jax.Array:
+        """x, of which a mesh may split the last axis, whole where devices send it to their peers."""
+        if self.constrain.peers is None:
+            return x
+        from mllama_jax.model.gpu_peers import gathered
+
+        return gathered(x, axis, self.constrain)

@@ -36,7 +36,11 @@ class Constrain(Protocol):
 
     @property
     def peers(self) -> jax.Array | None:
-        """In a program that adds up few rows by `gpu_all_reduce`: what its `peers` says."""
+        """What `gpu_peers.peers` says, within a program in which devices send each other few rows that way."""
+        ...
+
+    def among(self, peers: jax.Array) -> Constrain:
+        """The same with these `peers`."""
         ...
 
     def axes(self, name: str | None) -> tuple[str, ...]:
@@ -63,6 +67,9 @@ class Unconstrained:
     @property
     def platform(self) -> str:
         return jax.default_backend()
+
+    def among(self, peers: jax.Array) -> Constrain:
+        return self
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         return ()
@@ -141,37 +148,38 @@ class Linear(nn.Module):
         else:
             init = nn.initializers.normal(self.shape[-1] ** -0.5)
             weights = (parameter(self, "kernel", init, self.shape, self.axes).astype(x.dtype),)
-        y = self._whole(x, *weights)
+        y = self._summed(x, *weights)
         if self.has_variable("params", "lora_a"):
             y += low_rank(self.equation, x, *(self.get_variable("params", name) for name in ("lora_a", "lora_b")))
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, self.shape[:-1], self.axes[:-1]).astype(x.dtype)
         return y
 
-    def _whole(self, x: jax.Array, *weights: jax.Array) -> jax.Array:
+    def _summed(self, x: jax.Array, *weights: jax.Array) -> jax.Array:
         """The product, of all devices' parts where a mesh splits the inputs."""
-        if self.constrain.peers is not None:
-            from mllama_jax.model.gpu_all_reduce import summed
+        if self.constrain.peers is None or not self.constrain.axes(self._axes[-1]):
+            return self._product(self.constrain, x, *weights)
+        from mllama_jax.model.gpu_peers import summed
 
-            if (y := summed(self._product, self._axes, self.constrain, x, *weights)) is not None:
-                return y
-        return self._product(self.constrain, x, *weights)
+        return summed(self._product, self._axes, self.constrain, x, *weights)
 
     @property
     def _axes(self) -> Axes:
         """The kernel's in a product: a mesh may split it by "embed", but never an activation's "embed"."""
         return tuple(None if axis == "embed" else axis for axis in self.axes)
 
-    def _product(self, constrain: Constrain, x: jax.Array, kernel: jax.Array, *scale: jax.Array) -> jax.Array:
+    def _product(
+        self, constrain: Constrain, x: jax.Array, kernel: jax.Array, scale: jax.Array | None = None
+    ) -> jax.Array:
         """With a kernel, or a quantised one and its scale."""
-        if not scale:
+        if scale is None:
             return einsum(self.equation, x, kernel)
         few_rows = None
         if kernel.dtype == jnp.uint8 and on_hopper(constrain, x.dtype):
             from mllama_jax.model.hopper_int4 import for_rows
 
-            few_rows = for_rows(x, *scale, self._axes, constrain)
-        return product(self.equation, x, kernel, *scale, constrain.parts(self._axes[-1]), few_rows)
+            few_rows = for_rows(x, scale, self._axes, constrain)
+        return product(self.equation, x, kernel, scale, constrain.parts(self._axes[-1]), few_rows)
 
 
 class RMSNorm(nn.Module):
