@@ -259,7 +259,7 @@ def test_a_request_that_breaks_the_engine_ends_alone(model: Mllama, monkeypatch:
 
     async def ask(row: list[int]) -> list[int]:
         answer = Answer(SamplingParams(max_new_tokens=40, stop_ids=()), (), None)
-        async for _ in worker.answer(Request.of(model.config, Prompt(row, []), answer)):
+        async for _ in worker.answer([Request.of(model.config, Prompt(row, []), answer)]):
             pass
         return answer.tokens
 

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from mllama_jax.errors import InputError
 from mllama_jax.processes import versions
@@ -153,7 +154,7 @@ class App:
     async def _respond(self, asked: Asked, jobs: list[Job], request: Request, kind: str) -> Response:
         if asked.stream:
             events = self.replies.stream(asked, jobs, kind, self.service.judged(jobs))
-            return StreamingResponse(events, media_type="text/event-stream")
+            return EventStream(events, media_type="text/event-stream")
         whole = asyncio.ensure_future(self._whole(jobs))
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -215,6 +216,24 @@ class App:
         except TimeoutError:
             raise Refused(408, f"body: did not come within {self.limits.seconds:.0f} s") from None
         return bytes(body)
+
+
+class EventStream(StreamingResponse):
+    """Events that begin at once. Starlette begins in a turn of the event loop of its own, and so the engine would hear
+    of a request when all else that has come meanwhile is read."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watch() -> None:
+            await self.listen_for_disconnect(receive)
+            raise ClientDisconnect
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(watch())
+                await self.stream_response(send)
+                watching.cancel()
+        except* ClientDisconnect:
+            pass
 
 
 async def _gone(request: Request) -> None:

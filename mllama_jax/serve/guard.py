@@ -53,7 +53,7 @@ class Guard:
         config = self.model.config
         answer = Answer(SamplingParams(max_new_tokens=ANSWER), config.stops, self.model.tokenizer)
         request = Request.of(config, prompt, answer)
-        async for _ in self.worker.answer(request):
+        async for _ in self.worker.answer([request]):
             pass
         return read_verdict(answer.text, whole=answer.finish_reason == "stop")
 

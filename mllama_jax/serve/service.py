@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
@@ -217,33 +218,12 @@ class Service:
 
     async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come; left early, all are cancelled."""
-        heard: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-
-        async def follow(i: int, job: Job) -> None:
-            try:
-                async for piece in self.worker.answer(job.request):
-                    self._observe(job, piece)
-                    heard.put_nowait((i, piece))
-                self._finish(job)
-                heard.put_nowait(None)
-            except Exception as error:
-                heard.put_nowait(error)
-
-        tasks = [asyncio.ensure_future(follow(i, job)) for i, job in enumerate(jobs)]
-        try:
-            left = len(tasks)
-            while left:
-                found = await heard.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
-                    left -= 1
-                else:
-                    yield found
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        async with contextlib.aclosing(self.worker.answer([job.request for job in jobs])) as pieces:
+            async for i, piece in pieces:
+                self._observe(jobs[i], piece)
+                if piece.ended:
+                    self._finish(jobs[i])
+                yield i, piece
 
     def _observe(self, job: Job, piece: Piece) -> None:
         now = time.monotonic()

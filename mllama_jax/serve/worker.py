@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from jax.errors import JaxRuntimeError
@@ -28,10 +29,11 @@ class EngineFault(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a request got since the last piece: its text, and its tokens up to number `end`."""
+    """What a request got since the last piece: its text, and its tokens up to number `end`; whether it has ended."""
 
     text: str
     end: int
+    ended: bool
 
 
 class Worker:
@@ -77,32 +79,35 @@ class Worker:
         """Requests that have neither ended nor been given up."""
         return len(self._listeners)
 
-    async def answer(self, request: Request) -> AsyncIterator[Piece]:
-        """Submit a request and hear of it until it ends; left early, it is cancelled.
+    async def answer(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Submit requests and hear of them, by their numbers, until all have ended; left early, they are cancelled.
 
-        Raises InputError where it cannot fit a slot, EngineFault where the engine failed on it.
+        Raises InputError where one cannot fit a slot, EngineFault where the engine failed on one.
         """
-        self.engine.scheduler.check(request)
+        for request in requests:
+            self.engine.scheduler.check(request)
         if self._lost:
             raise self._lost
-        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | EngineFault]()
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | EngineFault]]()
 
-        def listen(piece: Piece | EngineFault) -> None:
-            loop.call_soon_threadsafe(heard.put_nowait, piece)
+        def listen(i: int, piece: Piece | EngineFault) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, (i, piece))
 
-        self._listeners[request] = listen
-        self._order(("submit", request))
-        ended = False
+        for i, request in enumerate(requests):
+            self._listeners[request] = functools.partial(listen, i)
+            self._order(("submit", request))
+        left = dict(enumerate(requests))
         try:
-            while not ended:
-                piece = await heard.get()
+            while left:
+                i, piece = await heard.get()
                 if isinstance(piece, EngineFault):
                     raise piece
-                ended = request.answer.finish_reason is not None and piece.end == len(request.answer.tokens)
-                yield piece
+                if piece.ended:
+                    self._listeners.pop(left.pop(i), None)
+                yield i, piece
         finally:
-            self._listeners.pop(request, None)
-            if not ended:
+            for request in left.values():
+                self._listeners.pop(request, None)
                 self._order(("cancel", request))
 
     def _order(self, order: Order) -> None:
@@ -124,7 +129,8 @@ class Worker:
         try:
             for request, text in self.engine.step():
                 if listen := self._listeners.get(request):
-                    listen(Piece(text, len(request.answer.tokens)))
+                    answer = request.answer
+                    listen(Piece(text, len(answer.tokens), answer.finish_reason is not None))
             self._in_a_row = 0
         except Exception as error:
             if self.leader.followers and isinstance(error, JaxRuntimeError):
