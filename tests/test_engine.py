@@ -353,6 +353,20 @@ def test_who_comes_while_a_picture_is_encoded_is_read_with_it(
     assert len({slot for slot, _ in chunks}) == 3
 
 
+def test_who_comes_for_the_same_picture_leaves_time_for_more(
+    tiny: Mllama, picture: Draw, encoded: list[int], chunks: list[tuple[int, int]]
+) -> None:
+    served = Engine(tiny.model, tiny.params, slots=4, context=256, pictures=(1, 1))
+    serve(served, ask(tiny, [512]))  # begins
+    chunks.clear()
+    for i in range(3):
+        serve_once(served, ask(tiny, [512, IMAGE, i], picture(1)))
+        assert not chunks
+    serve_once(served)
+    assert encoded == [1]
+    assert len({slot for slot, _ in chunks}) == 3
+
+
 def test_time_is_left_for_more_only_while_the_newest_picture_is_encoded(
     tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,7 +386,7 @@ def test_time_is_left_for_more_only_while_the_newest_picture_is_encoded(
     shown = [ask(tiny, [512, IMAGE, i], picture(i)) for i in range(3)]
     serve_once(served, *shown)
     assert asked == [shown[-1].pictures[0].digest] * 3
-    monkeypatch.setattr(scheduler, "LINGER", 0)
+    monkeypatch.setattr(scheduler, "LINGER", 1e-9)
     ready = itertools.repeat(False)
     serve_once(served, last := ask(tiny, [512, IMAGE, 4], picture(4)))
     assert asked[3:] == [last.pictures[0].digest]

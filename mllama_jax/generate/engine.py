@@ -92,8 +92,8 @@ class Engine:
             self.scheduler.begin_anew()
         decoding = any(slot.request and not slot.reading for slot in self.scheduler.slots)
         if self._under_way is None and not (self._has_read and decoding):
-            if not decoding and self.scheduler.encode_ahead():
-                self.scheduler.linger()
+            if not decoding and (seconds := self.scheduler.encode_ahead()):
+                self.scheduler.linger(seconds)
                 return  # who has come meanwhile is read at once with them
             self.scheduler.admit()
             self._has_read = any(slot.reading for slot in self.scheduler.slots)

@@ -25,6 +25,7 @@ from mllama_jax.generate.slots import Layers
 
 WORTH_A_COPY = 64  # tokens that another slot has read and a free one has not
 LINGER = 0.02  # seconds: any device takes longer for a picture of a model whose answers are worth waiting for
+PAUSE = 0.005  # seconds between those who come together
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,6 +97,7 @@ class Scheduler:
         self.counts: Counter[str] = Counter()
         self._clock = 0
         self._ahead: dict[bytes, Layers] = {}  # pictures of who is admitted next
+        self._gathered = 0  # how many these are
 
     def check(self, request: Request) -> None:
         """Raises InputError where a request can never have a slot."""
@@ -191,29 +193,32 @@ class Scheduler:
     def admit(self) -> None:
         """Give slots to those who wait, as far as they fit and their pictures can be encoded."""
         admitted, missing, level = self._next()
-        ahead, self._ahead = self._ahead, {}
+        ahead, self._ahead, self._gathered = self._ahead, {}, 0
         self.move(level)
         encoded = self._encoded(missing, ahead)
         for request in admitted:
             self._place(request, encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
 
-    def encode_ahead(self) -> bool:
+    def encode_ahead(self) -> float:
         """Encode the pictures of those who are admitted next, where that takes no other level.
 
-        Gives whether there were any, and with those who come meanwhile there may be more.
+        Gives for how many seconds to leave time for more to come, who may show the same.
         """
-        _, missing, level = self._next()
-        if level is not self.runner.level or missing.keys() <= self._ahead.keys():
-            return False
+        admitted, missing, level = self._next()
+        more, self._gathered = len(admitted) > self._gathered, len(admitted)
+        if level is not self.runner.level or not missing:
+            return 0
+        if missing.keys() <= self._ahead.keys():
+            return PAUSE if more else 0
         self._ahead = self._encoded(missing, self._ahead)
-        return len(missing) < PICTURES
+        return LINGER if len(missing) < PICTURES else 0
 
-    def linger(self) -> None:
-        """Leave time for more to come while the device encodes what is read next, LINGER at most."""
-        ends, newest = time.monotonic() + LINGER, jax.tree.leaves([*self._ahead.values()])[-1]
+    def linger(self, seconds: float) -> None:
+        """Leave time for more to come, until the device has encoded what is read next."""
+        ends, newest = time.monotonic() + seconds, jax.tree.leaves([*self._ahead.values()])[-1]
         while not newest.is_ready() and time.monotonic() < ends:
-            time.sleep(LINGER / 20)
+            time.sleep(PAUSE / 5)
 
     def _encoded(self, pictures: dict[bytes, Picture], known: dict[bytes, Layers]) -> dict[bytes, Layers]:
         """Keys and values of pictures, some of which are known."""
