@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import time
@@ -141,6 +142,8 @@ class Service:
             ) from None
         if self.guard is not None:  # a model that gives no verdict is no guard
             await self.guard.judge([{"role": "user", "content": "Hello!"}])
+        gc.collect()
+        gc.freeze()  # all that stays: else a full collection goes through it now and then, and everyone waits
         self.ready = True
 
     async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
