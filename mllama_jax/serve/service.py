@@ -142,8 +142,7 @@ class Service:
             ) from None
         if self.guard is not None:  # a model that gives no verdict is no guard
             await self.guard.judge([{"role": "user", "content": "Hello!"}])
-        gc.collect()
-        gc.freeze()  # all that stays: else a full collection goes through it now and then, and everyone waits
+        keep_loaded()
         self.ready = True
 
     async def answer(self, conversation: list[Any], **settings: Any) -> AsyncIterator[Piece]:
@@ -265,6 +264,12 @@ class Service:
     async def aside(self, work: Callable[..., Any], *args: Any) -> Any:
         """Do what takes time outside of the event loop, few at once."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
+
+
+def keep_loaded() -> None:
+    """Spare Python's collections what is there by now: a full one holds its lock for some 40 ms, and everyone waits."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared(

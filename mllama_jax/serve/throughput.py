@@ -138,19 +138,24 @@ def run(config: MllamaConfig, name: str, cache: str | None, rounds: int, told: T
 
 def measure(service: Service, port: int, clients: Executor, rounds: int, told: Told) -> None:
     """Rounds of requests to the engine and over HTTP in turn, after one of each kind to compile and warm up."""
-    kinds = {"32 pictures": ROWS, "one picture": 1}
-    draw = Questions(service)
+    from mllama_jax.serve.service import keep_loaded
+
+    kinds, draw = {"32 pictures": ROWS, "one picture": 1}, Questions(service)
+
+    def both(pictures: int) -> dict[str, Round]:
+        questions = [in_process(service, question) for question in draw.round(pictures)]
+        bodies = [request_body(question) for question in draw.round(pictures)]
+        return {"engine": asyncio.run(together(questions)), "HTTP": over_http(clients, port, bodies)}
+
     asyncio.run(together([in_process(service, draw.round(1, length=2 * PROMPT)[0])]))  # caches get their size
+    for pictures in kinds.values():
+        both(pictures)
+    keep_loaded()
     for kind, pictures in kinds.items():
-        found: dict[str, list[Round]] = {"engine": [], "HTTP": []}
-        for _ in range(rounds + 1):
-            questions = draw.round(pictures)
-            found["engine"].append(asyncio.run(together([in_process(service, question) for question in questions])))
-            bodies = [request_body(question) for question in draw.round(pictures)]
-            found["HTTP"].append(over_http(clients, port, bodies))
-        for way, all_rounds in found.items():
-            requests = ROWS / statistics.median(each.seconds for each in all_rounds[1:])
-            tokens = statistics.median(each.decoding for each in all_rounds[1:]) if way == "engine" else None
+        found = [both(pictures) for _ in range(rounds)]
+        for way in found[0]:
+            requests = ROWS / statistics.median(each[way].seconds for each in found)
+            tokens = statistics.median(each[way].decoding for each in found) if way == "engine" else None
             told.add(f"{way}, {kind}", requests, tokens)
 
 
