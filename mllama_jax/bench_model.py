@@ -161,7 +161,7 @@ class Bench:
         weights, full = self._decode_weights(vision is not None), fill()
         read = device_bytes((weights, full))
         cache, cross = full = jax.tree.map(_like, full)  # the memory is needed while this is timed, not before
-        run_steps = decode.decoder(self.model.constrain.platform, one_graph=self.one_graph)
+        run_steps = decode.decoder(self.model.constrain.platform, at_once=self.one_graph)
         among = decode.peers_of(self.model, rows)
         program = self._program(run_steps, start(cache), cross, settings, among, steps=decode.STEPS, top=0)
         filled: list[Any] = []

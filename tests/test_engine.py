@@ -353,6 +353,21 @@ def test_who_comes_while_a_picture_is_encoded_is_read_with_it(
     assert len({slot for slot, _ in chunks}) == 3
 
 
+def test_who_comes_while_eight_are_read_is_read_with_those_who_were_left(
+    tiny: Mllama, chunks: list[tuple[int, int]]
+) -> None:
+    served = Engine(tiny.model, tiny.params, slots=16, context=256, pictures=(0, 0))
+    serve(served, ask(tiny, [512]))  # begins
+    chunks.clear()
+    serve_once(served, *(ask(tiny, [512, i], new=9) for i in range(10)))
+    assert len({slot for slot, _ in chunks}) == 8
+    serve_once(served, *(ask(tiny, [512, i], new=9) for i in range(20, 26)))  # the eight decode
+    assert len(chunks) == 8
+    serve_once(served)
+    assert len(chunks) == 16
+    assert len({slot for slot, _ in chunks}) == 16
+
+
 def test_who_comes_for_the_same_picture_leaves_time_for_more(
     tiny: Mllama, picture: Draw, encoded: list[int], chunks: list[tuple[int, int]]
 ) -> None:

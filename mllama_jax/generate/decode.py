@@ -34,6 +34,11 @@ ONE_GRAPH = {
 }
 
 
+def one_graph(platform: str) -> dict[str, str] | None:
+    """Options for the compiler of "cpu", "gpu" or "tpu" to make a dispatch that returns at once."""
+    return ONE_GRAPH if platform == "gpu" else None
+
+
 def chunk() -> int:
     """CHUNK, or more on a GPU: cuDNN's causal attention only knows prompts that are read from their beginning."""
     return 4 * CHUNK if jax.default_backend() == "gpu" else CHUNK
@@ -262,14 +267,10 @@ def peers_of(model: MllamaModel, rows: int) -> jax.Array | None:
     return peers(model.constrain, model.config.text, model.dtype, rows)
 
 
-def decoder(platform: str, *, one_graph: bool = True) -> jax.stages.Wrapped:
-    """`decode`, jitted for "cpu", "gpu" or "tpu"; without `one_graph` a GPU runs it as XLA does by itself."""
-    return _decoder(in_one_graph=one_graph and platform == "gpu")
-
-
 @functools.cache
-def _decoder(*, in_one_graph: bool) -> jax.stages.Wrapped:
-    options = ONE_GRAPH if in_one_graph else None
+def decoder(platform: str, *, at_once: bool = True) -> jax.stages.Wrapped:
+    """`decode`, jitted for "cpu", "gpu" or "tpu"; without `at_once` a GPU runs it as XLA does by itself."""
+    options = one_graph(platform) if at_once else None
     return jax.jit(_decode, static_argnames=("model", "top"), donate_argnames="state", compiler_options=options)
 
 

@@ -111,6 +111,8 @@ class Engine:
         left, read = CHUNKS * levels.CHUNK, []
         while reading and left > 0:
             group = self._together(reading)
+            if read and self._has_room(group):
+                break  # in the next step those who come meanwhile are read with it
             made, tokens = self._read_chunks(group)
             left -= tokens
             unread = [len(self._unread(slot)) for slot in group]
@@ -146,6 +148,10 @@ class Engine:
                 break
             group.append(reading.popleft())
         return group
+
+    def _has_room(self, group: Sequence[Slot]) -> bool:
+        """Whether more could be read at once with these."""
+        return len(group) < self.runner.level.together and levels.is_short(max(map(self._size, group)))
 
     def _read_chunks(self, group: Sequence[Slot]) -> tuple[decode.Made, int]:
         """Let slots read a chunk each: what follows each, on the device, and how many tokens went through the model."""

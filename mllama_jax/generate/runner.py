@@ -101,7 +101,7 @@ class Runner:
         made = np.array([len(each.answer.tokens) for each in requests], np.int32)
         places = spans, np.array(rows, np.int32)
         self.caches, logits = slots.read(self.model, self.params, self._taken(), *places, *chunks)
-        return slots.follow(logits, settings, made, counts, top=top)
+        return slots.follow(self.model, logits, settings, made, counts, top=top)
 
     def decode(
         self, requests: Sequence[Request | None], spans: np.ndarray, position: np.ndarray, steps: int

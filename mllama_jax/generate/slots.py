@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mllama_jax.generate.decode import Made, State, choose, normalise
+from mllama_jax.generate.decode import Made, State, choose, normalise, one_graph
 from mllama_jax.generate.sampling import Settings
 from mllama_jax.model.cache import CrossCache, KVCache
 from mllama_jax.model.mllama import MllamaModel, Params, call
@@ -91,12 +91,30 @@ def read(
     return caches, call(model, params, "logits", x[jnp.arange(R), ends])
 
 
-@functools.partial(jax.jit, static_argnames="top")
-def follow(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.Array | None, *, top: int) -> Made:
+def follow(
+    model: MllamaModel,
+    logits: jax.Array,
+    settings: Settings,
+    made: jax.typing.ArrayLike,
+    counts: jax.Array | None,
+    *,
+    top: int,
+) -> Made:
     """The next token of rows that have `made` int32 [R] so far, from logits [R, V]; apart from `read`, so that one
     that takes minutes to compile does for all settings.
     """
-    return choose(logits, State((), made, made, made, jnp.zeros(len(made), bool), counts), settings, top)[1]
+    return _follower(model.constrain.platform)(logits, settings, made, counts, top=top)
+
+
+@functools.cache
+def _follower(platform: str) -> jax.stages.Wrapped:
+    """A GPU's host would wait for all that was read before, to learn whether a row samples, were it not one graph."""
+
+    def follow(logits: jax.Array, settings: Settings, made: jax.Array, counts: jax.Array | None, top: int) -> Made:
+        state = State((), made, made, made, jnp.zeros(len(made), bool), counts)
+        return choose(logits, state, settings, top)[1]
+
+    return jax.jit(follow, static_argnames="top", compiler_options=one_graph(platform))
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
