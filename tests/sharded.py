@@ -191,6 +191,7 @@ def peers(directory: str) -> None:
     """
     wanted, tokens = answers(mllama_jax.load(directory, dtype="float32"))
     sent: list[str] = []
+    ask = gpu_peers.peers
 
     def all_reduce(x: jax.Array, peers: jax.Array, axis: str) -> jax.Array:
         sent.append(axis)
@@ -201,14 +202,14 @@ def peers(directory: str) -> None:
         return jax.lax.all_gather(x, ("kv", "q"), axis=x.ndim - 1, tiled=True)
 
     def as_if_in_half(constrain: Rules, text: TextConfig, dtype: jnp.dtype, rows: int) -> jax.Array | None:
-        return gpu_peers.peers(constrain, text, jnp.dtype("bfloat16"), rows)
+        return ask(constrain, text, jnp.dtype("bfloat16"), rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_peers, "on_hopper", lambda *_: True)
         patch.setattr(gpu_peers, "_reach_each_other", lambda _: True)
         patch.setattr(gpu_peers, "all_reduce", all_reduce)
         patch.setattr(gpu_peers, "all_gather", all_gather)
-        patch.setattr(decode, "peers", as_if_in_half)
+        patch.setattr(decode.gpu_peers, "peers", as_if_in_half)
         for axes in ({"data": 2, "kv": 2, "q": 2}, {"data": 1, "kv": 4, "q": 2}):
             mesh = make_mesh(axes, jax.devices())
             sent.clear()
@@ -220,6 +221,28 @@ def peers(directory: str) -> None:
                 at[shard.index[:2]] = shard.data.unsafe_buffer_pointer()
             right = bool((known[..., :-1] == at[:, None]).all() and (known[..., -1] == at).all())
             print(json.dumps({"mesh": axes, "error": error, "tokens": made == tokens, "sent": sent, "known": right}))
+
+        text, half = read_config(open_checkpoint(Path(directory))).text, jnp.dtype("bfloat16")
+
+        def taken(preset: str = "serve", rows: int = 4, dtype: jnp.dtype = half, **changes: Any) -> bool:
+            config = dataclasses.replace(read_config(open_checkpoint(Path(directory))), text=text)
+            sizes = {"data": 8, "kv": 1, "q": 1} if preset == "evaluate" else {"data": 2, "kv": 2, "q": 2}
+            rules = preset_rules(preset, config, make_mesh(sizes, jax.devices()))
+            return ask(rules, dataclasses.replace(text, **changes), dtype, rows) is not None
+
+        assert taken()
+        most = 2 * gpu_peers.SUMS["mlp"] // text.width * 2  # rows, of two groups
+        assert taken(rows=most, vocab=64)
+        others: list[dict[str, Any]] = [
+            {"dtype": jnp.dtype("float32")},
+            {"rows": 3},
+            {"rows": most + 2, "vocab": 64},
+            {"vocab": text.vocab + 4},
+            {"tied": True},
+            {"preset": "long-context"},
+            {"preset": "evaluate"},
+        ]
+        assert not any(taken(**other) for other in others)
 
 
 def cached(directory: str) -> None:

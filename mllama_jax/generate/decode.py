@@ -5,6 +5,7 @@ All take the model as a static argument and its parameters as the first dynamic 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -16,9 +17,9 @@ from flax import struct
 from jax.experimental import multihost_utils
 
 from mllama_jax.generate.sampling import Settings, sample
+from mllama_jax.model import gpu_peers
 from mllama_jax.model.attention import attention_weights, largest_divisor
 from mllama_jax.model.cache import CrossCache, KVCache
-from mllama_jax.model.gpu_peers import peers
 from mllama_jax.model.mllama import MllamaModel, Params, call
 from mllama_jax.model.vision import TILES
 from mllama_jax.processing.image import MEAN, STD
@@ -259,17 +260,22 @@ def decode(
     nothing. The state is donated.
     """
     run, among = decoder(model.constrain.platform), peers_of(model, state.token.shape[0])
-    return run(model, params, state, cross, settings, among, steps=steps, top=top)
+    with contextlib.nullcontext() if among is None else gpu_peers.IN_TURN:
+        return run(model, params, state, cross, settings, among, steps=steps, top=top)
 
 
 def peers_of(model: MllamaModel, rows: int) -> jax.Array | None:
     """What `decoder` is to be given for so many rows, see `gpu_peers`."""
-    return peers(model.constrain, model.config.text, model.dtype, rows)
+    return gpu_peers.peers(model.constrain, model.config.text, model.dtype, rows)
+
+
+def decoder(platform: str, *, at_once: bool = True) -> jax.stages.Wrapped:
+    """`decode`, jitted for "cpu", "gpu" or "tpu"; without `at_once` a GPU runs it as XLA does by itself."""
+    return _decoder(platform, at_once and platform == "gpu")
 
 
 @functools.cache
-def decoder(platform: str, *, at_once: bool = True) -> jax.stages.Wrapped:
-    """`decode`, jitted for "cpu", "gpu" or "tpu"; without `at_once` a GPU runs it as XLA does by itself."""
+def _decoder(platform: str, at_once: bool) -> jax.stages.Wrapped:
     options = one_graph(platform) if at_once else None
     return jax.jit(_decode, static_argnames=("model", "top"), donate_argnames="state", compiler_options=options)
 
@@ -280,13 +286,13 @@ def _decode(
     state: State,
     cross: CrossCache | None,
     settings: Settings,
-    peers: jax.Array | None = None,
+    among: jax.Array | None = None,
     *,
     steps: jax.Array,
     top: int,
 ) -> tuple[State, Made, jax.Array]:
-    if peers is not None:
-        model = model.clone(constrain=model.constrain.among(peers))
+    if among is not None:
+        model = model.clone(constrain=model.constrain.among(among))
     rows = state.token.shape[0]
 
     def more(carry: tuple) -> jax.Array:

@@ -108,10 +108,10 @@ class Engine:
     def _read(self) -> list[tuple[Request, str]]:
         """Read prompts in turn, a chunk of each; whose prompt ends has its first token."""
         reading = deque(sorted((slot for slot in self.scheduler.slots if slot.reading), key=lambda slot: slot.used))
-        left, read = CHUNKS * levels.CHUNK, []
+        left, read, begun = CHUNKS * levels.CHUNK, [], set[Slot]()
         while reading and left > 0:
             group = self._together(reading)
-            if read and self._has_room(group):
+            if read and begun.isdisjoint(group) and self._has_room(group):
                 break  # in the next step those who come meanwhile are read with it
             made, tokens = self._read_chunks(group)
             left -= tokens
@@ -121,6 +121,7 @@ class Engine:
                 if slot.request and left_of_it > levels.CHUNK:
                     slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + levels.CHUNK]
                     reading.append(slot)
+                    begun.add(slot)
         found = []
         for made, ended in read:  # on the device the next is under way
             block = jax.tree.map(lambda x: x[:, None], decode.on_host(made)) if ended else made

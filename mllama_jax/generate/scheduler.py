@@ -97,7 +97,7 @@ class Scheduler:
         self.counts: Counter[str] = Counter()
         self._clock = 0
         self._ahead: dict[bytes, Layers] = {}  # pictures of who is admitted next
-        self._gathered = 0  # how many these are
+        self._gathered = 0  # how many requests these are
 
     def check(self, request: Request) -> None:
         """Raises InputError where a request can never have a slot."""
@@ -149,7 +149,7 @@ class Scheduler:
     def begin_anew(self, level: Level | None = None) -> None:
         """Empty caches; who had a slot waits in front, and goes on where the answer was."""
         self._give_way(0)
-        self._ahead = {}
+        self._ahead, self._gathered = {}, 0
         level = level or self.levels[0]
         self.slots = [Slot(row) for row in range(level.rows)]
         self.runner.begin(level)

@@ -232,8 +232,10 @@ class EventStream(StreamingResponse):
                 watching = tasks.create_task(watch())
                 await self.stream_response(send)
                 watching.cancel()
-        except* ClientDisconnect:
-            pass
+        except BaseExceptionGroup as group:
+            error, *_ = group.exceptions
+            if not isinstance(error, ClientDisconnect):
+                raise error from None
 
 
 async def _gone(request: Request) -> None:

@@ -76,6 +76,7 @@ def main() -> None:
     for dtype in args.dtype:
         told.dtype = dtype
         run(config, args.model, args.cache, args.rounds, told)
+        gc.unfreeze()  # what `keep_loaded` spared
         gc.collect()  # the caches, before the next weights
     if args.json:
         from mllama_jax.check import environment
