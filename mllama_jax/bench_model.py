@@ -279,8 +279,8 @@ class Bench:
         return decode_weights(self.params, self.model.config.text, pictures=pictures)
 
     def logits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of two rows of 16 tokens with a picture each, float32 [2, 16, V], and log-probabilities [2, V] behind one more
-        that a decode step reads."""
+        """Logits of two rows of 16 tokens with a picture each, float32 [2, 16, V], and by a decode step the
+        log-probabilities of what follows one more token [2, V]."""
         text, vision = self.model.config.text, self.model.config.vision
         tokens, cross = jax.random.randint(jax.random.key(1), (2, 16), 0, text.vocab), None
         if vision is not None:
