@@ -26,7 +26,7 @@ from mllama_jax.convert.apply import read_config
 from mllama_jax.convert.run import convert
 from mllama_jax.convert.sources import open_checkpoint
 from mllama_jax.errors import InputError
-from mllama_jax.generate import decode, speculate
+from mllama_jax.generate import speculate
 from mllama_jax.model import attention, gpu_peers, hopper_int4, layers, tpu_attention
 from mllama_jax.model.layers import Axes, Unconstrained, unconstrained
 from mllama_jax.model.quantize import from_int4, to_int4
@@ -184,14 +184,14 @@ def few(directory: str) -> None:
 
 
 def peers(directory: str) -> None:
-    """Decode steps in which devices send each other rows as `gpu_peers` has it, on meshes against one device.
+    """Decode steps in which devices send each other rows as `gpu_peers` has it, on a mesh against one device.
 
-    JAX's own collectives stand in for its kernels. Prints over which axes something was sent, and whether each device
-    knows where the slots of those are that share its rows.
+    JAX's own collectives stand in for its kernels. Prints whether tokens are the same and over which axes something was
+    sent, then whether each device knows where the slots of those are that share its rows.
     """
-    wanted, tokens = answers(mllama_jax.load(directory, dtype="float32"))
     sent: list[str] = []
-    ask = gpu_peers.peers
+    ask, half = gpu_peers.peers, jnp.dtype("bfloat16")
+    config = read_config(open_checkpoint(Path(directory)))
 
     def all_reduce(x: jax.Array, peers: jax.Array, axis: str) -> jax.Array:
         sent.append(axis)
@@ -202,42 +202,41 @@ def peers(directory: str) -> None:
         return jax.lax.all_gather(x, ("kv", "q"), axis=x.ndim - 1, tiled=True)
 
     def as_if_in_half(constrain: Rules, text: TextConfig, dtype: jnp.dtype, rows: int) -> jax.Array | None:
-        return ask(constrain, text, jnp.dtype("bfloat16"), rows)
+        return ask(constrain, text, half, rows)
+
+    def made(mesh: Mesh | None) -> list[list[int]]:
+        model = mllama_jax.load(directory, dtype="float32", mesh=mesh)
+        return model.generate_tokens(*rows(), max_new_tokens=8, stop_ids=())
+
+    def knows(sizes: dict[str, int]) -> bool:
+        table, slots = gpu_peers._peers(make_mesh(sizes, jax.devices()), ("data",), ("kv", "q"))
+        known, at = np.asarray(table)[..., :-1].copy().view(np.uint64), np.zeros(table.shape[:2], np.uint64)
+        for shard in slots.addressable_shards:
+            at[shard.index[:2]] = shard.data.unsafe_buffer_pointer()
+        return bool((known[..., :-1] == at[:, None]).all() and (known[..., -1] == at).all())
+
+    def taken(preset: str = "serve", rows: int = 4, dtype: jnp.dtype = half, **changes: Any) -> bool:
+        sizes = {"data": 8, "kv": 1, "q": 1} if preset == "evaluate" else {"data": 2, "kv": 2, "q": 2}
+        rules = preset_rules(preset, config, make_mesh(sizes, jax.devices()))
+        return ask(rules, dataclasses.replace(config.text, **changes), dtype, rows) is not None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_peers, "on_hopper", lambda *_: True)
         patch.setattr(gpu_peers, "_reach_each_other", lambda _: True)
         patch.setattr(gpu_peers, "all_reduce", all_reduce)
         patch.setattr(gpu_peers, "all_gather", all_gather)
-        patch.setattr(decode.gpu_peers, "peers", as_if_in_half)
-        for axes in ({"data": 2, "kv": 2, "q": 2}, {"data": 1, "kv": 4, "q": 2}):
-            mesh = make_mesh(axes, jax.devices())
-            sent.clear()
-            logits, made = answers(mllama_jax.load(directory, dtype="float32", mesh=mesh))
-            error = float(np.abs(logits - wanted).max())
-            table, slots = gpu_peers._peers(mesh, ("data",), ("kv", "q"))
-            known, at = np.asarray(table)[..., :-1].copy().view(np.uint64), np.zeros(table.shape[:2], np.uint64)
-            for shard in slots.addressable_shards:
-                at[shard.index[:2]] = shard.data.unsafe_buffer_pointer()
-            right = bool((known[..., :-1] == at[:, None]).all() and (known[..., -1] == at).all())
-            print(json.dumps({"mesh": axes, "error": error, "tokens": made == tokens, "sent": sent, "known": right}))
-
-        text, half = read_config(open_checkpoint(Path(directory))).text, jnp.dtype("bfloat16")
-
-        def taken(preset: str = "serve", rows: int = 4, dtype: jnp.dtype = half, **changes: Any) -> bool:
-            config = dataclasses.replace(read_config(open_checkpoint(Path(directory))), text=text)
-            sizes = {"data": 8, "kv": 1, "q": 1} if preset == "evaluate" else {"data": 2, "kv": 2, "q": 2}
-            rules = preset_rules(preset, config, make_mesh(sizes, jax.devices()))
-            return ask(rules, dataclasses.replace(text, **changes), dtype, rows) is not None
-
+        patch.setattr(gpu_peers, "peers", as_if_in_half)
+        meshes: list[dict[str, int]] = [{"data": 2, "kv": 2, "q": 2}, {"data": 1, "kv": 4, "q": 2}]
+        same = made(make_mesh(meshes[0], jax.devices())) == made(None)
+        print(json.dumps({"tokens": same, "sent": sent, "known": all(map(knows, meshes))}))
+        most = 4 * gpu_peers.SUMS["mlp"] // config.text.width  # rows, of two groups
         assert taken()
-        most = 2 * gpu_peers.SUMS["mlp"] // text.width * 2  # rows, of two groups
         assert taken(rows=most, vocab=64)
         others: list[dict[str, Any]] = [
             {"dtype": jnp.dtype("float32")},
             {"rows": 3},
             {"rows": most + 2, "vocab": 64},
-            {"vocab": text.vocab + 4},
+            {"vocab": config.text.vocab + 4},
             {"tied": True},
             {"preset": "long-context"},
             {"preset": "evaluate"},
