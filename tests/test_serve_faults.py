@@ -9,7 +9,7 @@ import json
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +27,7 @@ from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
 from mllama_jax.serve import patience
-from mllama_jax.serve.app import App
+from mllama_jax.serve.app import App, EventStream
 from mllama_jax.serve.service import Limits, Service
 from mllama_jax.serve.throughput import listening
 from mllama_jax.serve.worker import EngineFault, Worker
@@ -240,6 +240,38 @@ def test_keys_a_full_queue_and_a_sigterm(start: Start) -> None:
         chunks = list(each)
         assert chunks[-1].usage.completion_tokens == 400
     assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_events_end_by_their_own_fault_or_when_the_client_leaves(leaves: bool) -> None:
+    ended: list[str] = []
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            yield "one"
+            if not leaves:
+                raise EngineFault("lost")
+            await asyncio.Event().wait()
+        finally:
+            ended.append("events")
+
+    async def receive() -> Any:
+        if not leaves:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def respond() -> None:
+        await asyncio.wait_for(EventStream(events())({"type": "http"}, receive, send), 10)
+
+    if leaves:
+        asyncio.run(respond())
+    else:
+        with pytest.raises(EngineFault, match="lost"):
+            asyncio.run(respond())
+    assert ended == ["events"]
 
 
 def test_a_request_that_breaks_the_engine_ends_alone(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ WARPS = 8
 BLOCK = 32 * WARPS  # a word for each thread: were there fewer, two threads would wait for the same one
 PATIENCE = 1 << 30  # looks at a slot, minutes: where a peer has failed a device fails too, rather than hang
 IN_TURN = threading.Lock()  # of dispatches: on all devices the same comes first
+_MAKING = threading.Lock()  # of slots: a mesh has them once
 
 
 @functools.cache
@@ -61,9 +62,6 @@ def peers(constrain: Constrain, text: TextConfig, dtype: jnp.dtype, rows: int) -
         return None
     with _MAKING:
         return _peers(mesh, batch, own)[0]
-
-
-_MAKING = threading.Lock()
 
 
 def _padded(words: int) -> int:
@@ -203,6 +201,8 @@ def _put(n: int, size: int, first: int, words: Any, peers: Any, part: Any) -> No
 
 
 def _run(assembly: str, words: jax.Array, at: jax.Array, other: jax.Array, peers: Any) -> jax.Array:
+    """Run PTX once for each word. JAX says of all PTX that it is pure, so a kernel has one such result and stores it:
+    what was left out, doubled or merged would send less or wait for more than there is."""
     addresses = [jnp.full(BLOCK, peers[i]) for i in range(peers.shape[0] - 1)]
     [found] = triton.elementwise_inline_asm(
         assembly,
