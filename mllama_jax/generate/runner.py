@@ -81,12 +81,13 @@ class Runner:
 
     def put(self, piece: Layers, row: int, first: int) -> None:
         """Put a picture's keys and values into a row from a tile on."""
-        self.caches = slots.put_tiles(self.model, self._taken(), piece, row, first)
+        caches = self._taken()
+        self.caches = dataclasses.replace(caches, tiles=slots.put_tiles(self.model, caches.tiles, piece, row, first))
 
     def take(self, row: int, first: int) -> Layers:
         """Keys and values of a picture, from a row's tile on."""
         assert self.caches is not None
-        return slots.take_tiles(self.model, self.caches, row, first)
+        return slots.take_tiles(self.model, self.caches.tiles, row, first)
 
     def copy(self, source: int, target: int) -> None:
         self.caches = slots.copy_row(self._taken(), source, target)

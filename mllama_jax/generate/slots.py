@@ -128,7 +128,7 @@ def copy_row(caches: Caches, source: jax.Array, target: jax.Array) -> Caches:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def take_tiles(model: MllamaModel, caches: Caches, row: jax.Array, first: jax.Array) -> Layers:
+def take_tiles(model: MllamaModel, tiles: Layers, row: jax.Array, first: jax.Array) -> Layers:
     """Keys and values of as many tiles as a picture may have, from a slot's `first` on: [1, K, C * N', H] a layer.
 
     Where the picture has fewer, what comes behind it means nothing.
@@ -137,14 +137,14 @@ def take_tiles(model: MllamaModel, caches: Caches, row: jax.Array, first: jax.Ar
 
     def take(x: jax.Array) -> jax.Array:
         own = jax.lax.dynamic_slice_in_dim(x, row, 1)
-        tiles = [jax.lax.dynamic_slice_in_dim(own, (first + i) * N, N, 2) for i in range(picture_tiles(model))]
-        return jnp.concatenate(tiles, axis=2)
+        parts = [jax.lax.dynamic_slice_in_dim(own, (first + i) * N, N, 2) for i in range(picture_tiles(model))]
+        return jnp.concatenate(parts, axis=2)
 
-    return jax.tree.map(take, caches.tiles)
+    return jax.tree.map(take, tiles)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
-def put_tiles(model: MllamaModel, caches: Caches, tiles: Layers, row: jax.Array, first: jax.Array) -> Caches:
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="tiles")
+def put_tiles(model: MllamaModel, tiles: Layers, picture: Layers, row: jax.Array, first: jax.Array) -> Layers:
     """Put a picture's keys and values, as `take_tiles` gives them, into a slot from its tile `first` on.
 
     Where the picture has fewer tiles, those behind it are overwritten.
@@ -157,7 +157,7 @@ def put_tiles(model: MllamaModel, caches: Caches, tiles: Layers, row: jax.Array,
             x = jax.lax.dynamic_update_slice(x, one, (row, 0, (first + i) * N, 0)[: x.ndim])
         return x
 
-    return dataclasses.replace(caches, tiles=jax.tree.map(put, caches.tiles, tiles))
+    return jax.tree.map(put, tiles, picture)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length", "axis"))
