@@ -43,7 +43,7 @@ from mllama_jax.serve.worker import Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
 
-PREPARING = 8  # requests that are prepared at once, their pictures fetched if need be
+PREPARING = 4  # requests that are prepared at once, their pictures fetched if need be
 
 
 @dataclasses.dataclass(frozen=True)
