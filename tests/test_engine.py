@@ -294,6 +294,17 @@ def test_a_picture_is_encoded_once_for_all_who_show_it(tiny: Mllama, picture: Dr
     assert encoded == [1, 1]
 
 
+def test_a_picture_that_a_request_shows_twice_is_taken_once(
+    tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Engine(tiny.model, tiny.params, slots=2, context=256, pictures=(3, 3))
+    serve(served, ask(tiny, [512, IMAGE, 7], picture(1)))
+    taken, take = [], slots.take_tiles
+    monkeypatch.setattr(slots, "take_tiles", lambda *args: taken.append(1) or take(*args))
+    serve(served, ask(tiny, [9, IMAGE, IMAGE, 1, IMAGE], *[picture(1)] * 3))
+    assert (encoded, taken) == ([1], [1])
+
+
 def test_a_picture_is_kept_once_for_all_who_show_it(tiny: Mllama, picture: Draw) -> None:
     first = ask(tiny, [512, IMAGE, 1], picture(1))
     assert ask(tiny, [512, IMAGE, 2], picture(1)).pictures[0] is first.pictures[0]
@@ -366,44 +377,6 @@ def test_who_comes_while_eight_are_read_is_read_with_those_who_were_left(
     serve_once(served)
     assert len(chunks) == 16
     assert len({slot for slot, _ in chunks}) == 16
-
-
-def test_who_is_read_first_waits_for_nobody_elses_picture(
-    tiny: Mllama, picture: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served = Engine(tiny.model, tiny.params, slots=16, context=256, pictures=(1, 1))
-    serve(served, ask(tiny, [512]))  # begins
-    called = calls(monkeypatch, "put_tiles", "read")
-    serve_once(served, *(ask(tiny, [512, IMAGE, i], picture(1)) for i in range(10)))
-    while not called:
-        serve_once(served)
-    assert called == [*["put_tiles"] * 8, "read", *["put_tiles"] * 2]
-
-
-def test_pictures_that_slots_hold_are_taken_once_and_few_at_a_time(
-    tiny: Mllama, picture: Draw, encoded: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in scheduler, runner:
-        monkeypatch.setattr(module, "PICTURES", 2)
-    served = Engine(tiny.model, tiny.params, slots=8, context=256, pictures=(1, 1))
-    serve(served, *(ask(tiny, [512, IMAGE, i], picture(i)) for i in range(4)))
-    called = calls(monkeypatch, "take_tiles", "put_tiles", "read")
-    serve_once(served, *(ask(tiny, [9, IMAGE, i], picture(i // 2)) for i in range(8)))
-    assert called == [*["take_tiles"] * 3, *["put_tiles"] * 5, *["take_tiles"] * 2, *["put_tiles"] * 3, "read"]
-    assert sum(encoded) == 4
-
-
-def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    """The names of these programs as they are called from now on."""
-    found: list[str] = []
-
-    def noted(name: str) -> None:
-        program = getattr(slots, name)
-        monkeypatch.setattr(slots, name, lambda *args, **more: found.append(name) or program(*args, **more))
-
-    for name in names:
-        noted(name)
-    return found
 
 
 def test_who_comes_for_the_same_picture_leaves_time_for_more(

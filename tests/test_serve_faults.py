@@ -8,6 +8,7 @@ import http.client
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -26,7 +27,7 @@ from mllama_jax.generate.engine import Engine
 from mllama_jax.generate.requests import Request
 from mllama_jax.generate.sampling import SamplingParams
 from mllama_jax.processing.chat import Prompt
-from mllama_jax.serve import patience
+from mllama_jax.serve import patience, service
 from mllama_jax.serve.app import App, EventStream
 from mllama_jax.serve.service import Limits, Service
 from mllama_jax.serve.throughput import listening
@@ -44,7 +45,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def url(start: Start) -> str:
-    return start("--slots", "4", "--context", str(CONTEXT), "--images", "2")[1]
+    return start("--slots", "4", "--context", str(CONTEXT), "--images", "2", "--queue", "16")[1]
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +69,35 @@ BOMB = Image.new("1", (15000, 15000))
         ({"colour": 1}, "colour: not supported; known are "),
         ({"best_of": 2}, "best_of: not supported"),
         ({"response_format": {"type": "yaml"}}, "response_format.type: expected text, json_object or json_schema"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: expected an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": 5}},
+            "response_format.json_schema.schema: expected an object",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number", "minimum": "x"}}}},
             "response_format: ",
         ),
         ({"messages": "Hello"}, "messages: expected a list, got str"),
-        ({"messages": [{"role": "robot", "content": "Hello"}]}, "role: expected system, user"),
+        ({"messages": [{"role": "robot", "content": "Hello"}]}, "messages[0].role: expected system, user"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "expected a part of type 'text'"),
-        ({"messages": []}, "expected at least one message"),
-        ({"n": 10**9, "temperature": 1}, "n must be at most 128"),
-        ({"max_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
-        ({"max_tokens": "many"}, "max_new_tokens must be an integer"),
+        ({"messages": []}, "messages: expected at least one message"),
+        ({"n": 10**9, "temperature": 1}, "n: must be at most 128"),
+        ({"max_tokens": -1}, "max_tokens: must be at least 1, got -1"),
+        ({"max_tokens": "many"}, "max_tokens: must be an integer"),
         ({"max_tokens": CONTEXT}, f"exceed the {CONTEXT} positions of a slot"),
-        ({"temperature": "hot"}, "temperature must be a finite number"),
-        ({"top_p": 7}, "top_p must be at most 1"),
+        ({"temperature": "hot"}, "temperature: must be a finite number, got"),
+        ({"top_p": 7}, "top_p: must be at most 1"),
         ({"logit_bias": {"99999999": 1}}, "99999999"),
         ({"logit_bias": {"-1": 1}}, "logit_bias: expected token ids for names, got '-1'"),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs true"),
         ({"stream": "yes"}, "stream: expected bool, got str"),
-        ({"stop": [""]}, "stop must have no empty text"),
-        ({"stop_token_ids": [*range(17)]}, "stop_ids must be at most 16 token ids, got 20"),  # with the model's
-        ({"image": data_url(Image.new("RGB", (9, 9)))}, "3 pictures exceed the 2 of a slot; show fewer"),
+        ({"stop": [""]}, "stop: must have no empty text"),
+        ({"stop_token_ids": [*range(17)]}, "stop_token_ids: must be at most 16 token ids, got 17"),
+        ({"stop_token_ids": [*range(14)]}, "stop_token_ids: at most 13 beside the model's own, got 14"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids: must be a list of token ids, got ['a']"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: must be at most 20, got 21"),
+        ({"n": 100, "temperature": 1}, "n: 1 times 100 answers exceed the 20 that may wait"),
+        ({"image": data_url(Image.new("RGB", (9, 9)))}, "messages: 3 pictures exceed the 2 of a slot; show fewer"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}, "tool_calls: expected list, got int"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "expected a function"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
@@ -111,6 +119,9 @@ def test_what_cannot_be_answered_is_named(url: str, change: dict[str, Any], mess
     assert status == 400
     assert message in told["error"]["message"]
     assert "\n" not in told["error"]["message"]
+    assert not any(
+        ours in told["error"]["message"] for ours in ("conversation", "max_new_tokens must", "stop_ids must")
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,6 +205,37 @@ def test_a_prompt_as_long_as_a_slot_is_refused(url: str) -> None:
     assert status == 400
     assert told["error"]["message"].startswith(f"{CONTEXT} prompt tokens ")
     assert post(url, "/v1/completions", {"prompt": [5] * (CONTEXT - 1), "max_tokens": 1})[0] == 200
+
+
+def test_more_answers_than_may_wait_are_refused_before_any_is_made(url: str) -> None:
+    began = time.monotonic()
+    body = {"prompt": ["a"] * 50_000, "max_tokens": 1, "n": 100, "temperature": 1}
+    status, told = post(url, "/v1/completions", body)
+    assert (status, told["error"]["param"]) == (400, "n")
+    assert time.monotonic() - began < 5
+
+
+def test_hosts_of_pictures_that_say_nothing_stop_nobody_else(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Service(model, "it", slots=1, context=512, limits=Limits())
+    answers = threading.Event()
+    monkeypatch.setattr(service, "read_picture", lambda url, hosts=(): answers.wait(60) and b"")
+
+    def asked(content: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": content}]}
+
+    async def prepare() -> None:
+        part = {"type": "image_url", "image_url": {"url": "http://silent/a.png"}}
+        waiting = [
+            asyncio.ensure_future(served.aside(served.understood, asked([part]))) for _ in range(2 * service.PREPARING)
+        ]
+        try:
+            await asyncio.wait_for(served.aside(served.read_chat, asked("Hello"), 0.0), 30)
+            assert not any(each.done() for each in waiting)
+        finally:
+            answers.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(prepare())
 
 
 def test_clients_that_leave_free_their_slots(url: str) -> None:

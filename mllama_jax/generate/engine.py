@@ -113,7 +113,6 @@ class Engine:
             group = self._together(reading)
             if read and begun.isdisjoint(group) and self._has_room(group):
                 break  # in the next step those who come meanwhile are read with it
-            self.scheduler.bring(group)
             made, tokens = self._read_chunks(group)
             left -= tokens
             unread = [len(self._unread(slot)) for slot in group]
@@ -123,7 +122,6 @@ class Engine:
                     slot.marks = [*slot.request.marks, *slot.request.answer.tokens][: len(slot.marks) + levels.CHUNK]
                     reading.append(slot)
                     begun.add(slot)
-        self.scheduler.bring(self.scheduler.slots)  # while the first are read
         found = []
         for made, ended in read:  # on the device the next is under way
             block = jax.tree.map(lambda x: x[:, None], decode.on_host(made)) if ended else made

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -35,7 +35,6 @@ class Slot:
     Attributes:
         marks: what its self-attention cache holds, from position 0 on.
         pictures: whose tiles its image cache holds, one behind the other.
-        coming: those of them, from a tile on, that `bring` has yet to put there.
         request: who has it; None where it is free.
         reading: whether the request is still being read.
         used: when it was last given away.
@@ -44,7 +43,6 @@ class Slot:
     row: int
     marks: list[int | bytes] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
-    coming: dict[int, Layers] = dataclasses.field(default_factory=dict)
     request: Request | None = None
     reading: bool = False
     used: int = 0
@@ -62,8 +60,6 @@ class Slot:
         """Forget what has no room at a level."""
         ends = itertools.accumulate(picture.tiles for picture in self.pictures)
         self.pictures = self.pictures[: sum(end <= level.tiles for end in ends)]
-        held = sum(picture.tiles for picture in self.pictures)
-        self.coming = {first: piece for first, piece in self.coming.items() if first < held}
         shown = [position for position, mark in enumerate(self.marks) if isinstance(mark, bytes)]
         self.marks = self.marks[: min([level.positions - 1, *shown[len(self.pictures) :]])]
 
@@ -105,10 +101,14 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raises InputError where a request can never have a slot."""
-        prompt, new, room = len(request.marks), request.answer.params.max_new_tokens, self.room(request.tiles)
         self.check_pictures(len(request.pictures))
+        self.check_length(len(request.marks), request.answer.params.max_new_tokens, request.tiles)
+
+    def check_length(self, prompt: int, new: int, tiles: int) -> None:
+        """Raises InputError where so many tokens beside pictures of so many tiles can never have a slot."""
+        room = self.room(tiles)
         if prompt + new > room:
-            shown = f" beside {request.tiles} tiles of pictures" if request.tiles else ""
+            shown = f" beside {tiles} tiles of pictures" if tiles else ""
             why = "of a slot" if room == self.context else f"that fit into memory{shown}"
             raise InputError(
                 f"{prompt} prompt tokens and {new} new ones exceed the {room} positions {why}; shorten the prompt or "
@@ -203,8 +203,6 @@ class Scheduler:
         for request in admitted:
             self._place(request, encoded)
             self.waiting.popleft()  # not before: whatever fails on the way, the request is somewhere
-            if len({id(piece) for slot in self.slots for piece in slot.coming.values()}) > PICTURES:
-                self.bring(self.slots)  # memory has no room for more than that beside the caches
 
     def encode_ahead(self) -> float:
         """Encode the pictures of those who are admitted next, where that takes no other level.
@@ -236,23 +234,15 @@ class Scheduler:
         """Who can be given a slot now, the pictures that no slot holds, and at which level."""
         admitted, missing, level = [], {}, self.runner.level
         for request in self.waiting:
-            new = {p.digest: p for p in request.pictures if not any(self._holders(p.digest))}
+            new = {p.digest: p for p in request.pictures if self._holder(p.digest) is None}
             wanted = self.level_with(*admitted, request)
             if wanted is None or (admitted and len(missing | new) > PICTURES):
                 break
             admitted, missing, level = [*admitted, request], missing | new, wanted
         return admitted, missing, level
 
-    def bring(self, slots: Iterable[Slot]) -> None:
-        """Put pictures where their slots look for them, before these are read: each takes a program, and who is read
-        first need not wait for those of all."""
-        for slot in slots:
-            for first, piece in slot.coming.items():
-                self.runner.put(piece, slot.row, first)
-            slot.coming = {}
-
     def _place(self, request: Request, encoded: dict[bytes, Layers]) -> None:
-        """Give a request the slot that serves it best, to which its pictures are then to come."""
+        """Give a request the slot that serves it best, and bring its pictures there."""
         wanted = [*request.marks, *request.answer.tokens][:-1]  # the last token is read for what it foretells
 
         def known(slot: Slot) -> int:
@@ -263,32 +253,31 @@ class Scheduler:
         if known(best) >= known(slot) + WORTH_A_COPY:
             slot = min(free, key=lambda slot: slot.used)
             self.runner.copy(best.row, slot.row)
-            slot.marks, slot.pictures, slot.coming = list(best.marks), list(best.pictures), dict(best.coming)
+            slot.marks, slot.pictures = list(best.marks), list(best.pictures)
         slot.marks = slot.marks[: known(slot)]
-        held = sum(any(self._holders(picture.digest)) for picture in request.pictures)
+        held = sum(self._holder(picture.digest) is not None for picture in request.pictures)
         self.counts.update(prefix_cache_queries=len(request.marks), prefix_cache_hits=len(slot.marks))
         self.counts.update(image_cache_queries=len(request.pictures), image_cache_hits=held)
         there = sum(isinstance(mark, bytes) for mark in slot.marks)
-        pieces = [encoded.get(p.digest) or self._take(p) for p in request.pictures[there:]]  # before any is overwritten
-        slot.pictures, slot.coming = slot.pictures[:there], {}
-        for picture, piece in zip(request.pictures[there:], pieces, strict=True):
-            slot.coming[sum(each.tiles for each in slot.pictures)] = piece
+        new = {picture.digest: picture for picture in request.pictures[there:]}
+        pieces = {digest: encoded.get(digest) or self._take(new[digest]) for digest in new}  # before any is overwritten
+        slot.pictures = slot.pictures[:there]
+        for picture in request.pictures[there:]:
+            self.runner.put(pieces[picture.digest], slot.row, sum(each.tiles for each in slot.pictures))
             slot.pictures.append(picture)
         self._clock += 1
         slot.request, slot.reading, slot.used = request, True, self._clock
 
-    def _holders(self, digest: bytes) -> Iterator[tuple[Slot, int]]:
-        """The slots, and the tiles in them, where a picture's keys and values begin."""
+    def _holder(self, digest: bytes) -> tuple[Slot, int] | None:
+        """A slot, and the tile in it, where a picture's keys and values begin."""
         places = ((slot, slot.place_of(digest)) for slot in self.slots)
-        return ((slot, tile) for slot, tile in places if tile is not None)
+        return next(((slot, tile) for slot, tile in places if tile is not None), None)
 
     def _take(self, picture: Picture) -> Layers:
-        held = [*self._holders(picture.digest)]
-        if not held:  # it went when another request took its slot
+        if (held := self._holder(picture.digest)) is None:  # it went when another request took its slot
             return next(self.runner.encode([picture]))
-        coming = (slot.coming[tile] for slot, tile in held if tile in slot.coming)
-        (slot, tile), *_ = held
-        return next(coming, None) or self.runner.take(slot.row, tile)
+        slot, tile = held
+        return self.runner.take(slot.row, tile)
 
 
 def common(a: Sequence[int | bytes], b: Sequence[int | bytes]) -> int:

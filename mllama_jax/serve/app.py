@@ -94,7 +94,7 @@ class App:
 
     async def tokenize(self, body: dict[str, Any], request: Request) -> Response:
         if "messages" in body:
-            asked = await self.service.aside(protocol.chat_request, body, self.service.name, self.service.picture)
+            asked = await self.service.aside(self.service.understood, body)
         else:
             asked = protocol.text_request(body, self.service.name)
         tokens = (await self.service.aside(self.service.read, asked.prompts[0], asked.tools)).tokens
@@ -103,7 +103,7 @@ class App:
     async def look(self, body: dict[str, Any], request: Request) -> Response:
         """Where the words of the answer with which a conversation ends look on its pictures."""
         with self._arrival():
-            asked = await self.service.aside(protocol.chat_request, body, self.service.name, self.service.picture)
+            asked = await self.service.aside(self.service.understood, body)
             *conversation, last = asked.prompts[0] or [{}]
             answer = last.get("content") if last.get("role") == "assistant" else None
             if not isinstance(answer, str):
@@ -138,7 +138,7 @@ class App:
             self._arriving -= 1
 
     def _admit(self, more: int) -> None:
-        if self.service.worker.open + self._arriving + more > self.scheduler.levels[0].rows + self.limits.queue:
+        if self.service.worker.open + self._arriving + more > self.service.most:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
     async def _take(self, asked: Asked, jobs: list[Job], field: str) -> None:

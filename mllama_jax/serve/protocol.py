@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mllama_jax.errors import InputError
-from mllama_jax.generate.sampling import SamplingParams
+from mllama_jax.generate.sampling import STOPS_AT_MOST, SamplingParams
 
-MAX_IMAGES = 8  # in one request
 _SAMPLING = {  # fields that are passed on as they are
     *("temperature", "top_p", "top_k", "min_p", "seed", "n"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -56,6 +55,8 @@ def parse(body: bytes) -> dict[str, Any]:
 
     try:
         found = json.loads(body, parse_constant=refuse)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"body: expected JSON, got an error: {error}") from None
     if not isinstance(found, dict):
@@ -63,8 +64,9 @@ def parse(body: bytes) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], bytes]) -> Asked:
-    """What /v1/chat/completions takes; `picture` gives the file at a URL. Raises InputError, naming the field."""
+def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], bytes], pictures: int) -> Asked:
+    """What /v1/chat/completions takes, with so many pictures at most; `picture` gives the file at a URL. Raises
+    InputError, naming the field."""
     _known(body, _CHAT, model)
     top, wanted = _typed(body, "top_logprobs", int, 0), _typed(body, "logprobs", bool, False)
     if top and not wanted:
@@ -73,7 +75,7 @@ def chat_request(body: Mapping[str, Any], model: str, picture: Callable[[str], b
     tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise InputError(f"tool_choice: expected 'auto' or 'none', got {choice!r}")
-    messages = _conversation(body.get("messages"), picture)
+    messages = _conversation(body.get("messages"), picture, pictures)
     return Asked(
         [messages], settings, tools if tools and choice == "auto" else None, *_delivery(body), wanted, _schema(body)
     )
@@ -121,7 +123,8 @@ def _schema(body: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if kind == "json_object":
         return {"type": "object"}
-    schema = _typed(asked, "json_schema", dict, {}).get("schema")
+    named = asked.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
     if not isinstance(schema, dict):
         raise InputError(f"response_format.json_schema.schema: expected an object, got {type(schema).__name__}")
     return schema
@@ -150,37 +153,57 @@ def _settings(body: Mapping[str, Any], top: int, limit: Any) -> dict[str, Any]:
         found["stop_ids"] = _typed(body, "stop_token_ids", list, [])
     elif "stop_token_ids" in body:
         found["more_stop_ids"] = body["stop_token_ids"]
-    SamplingParams.of({name: value for name, value in found.items() if name != "more_stop_ids"})
+    try:
+        SamplingParams.of({name.removeprefix("more_"): value for name, value in found.items()})
+    except InputError as error:
+        raise InputError(_renamed(str(error), body)) from None
     return found
+
+
+def _renamed(message: str, body: Mapping[str, Any]) -> str:
+    """What is said of a setting, with the name of its field."""
+    fields = {"max_new_tokens": ("max_completion_tokens", "max_tokens"), "logprobs": ("top_logprobs", "logprobs")}
+    setting, _, rest = message.partition(" ")
+    names = (*fields.get(setting, ()), "stop_token_ids" if setting == "stop_ids" else setting.partition("[")[0])
+    return f"{field}: {rest}" if (field := next((name for name in names if name in body), None)) else message
 
 
 def sampling(asked: Asked, room: int, stops: Sequence[int]) -> SamplingParams:
     """The settings of a prompt behind which a slot has room for so many tokens. Raises InputError."""
-    settings = {"max_new_tokens": max(room, 1)} | asked.settings
+    settings: dict[str, Any] = {"max_new_tokens": max(room, 1)} | asked.settings
     if more := settings.pop("more_stop_ids", None):
-        settings["stop_ids"] = [*stops, *more] if isinstance(more, list) else more
+        if len(more) + len(stops) > STOPS_AT_MOST:
+            most = STOPS_AT_MOST - len(stops)
+            raise InputError(f"stop_token_ids: at most {most} beside the model's own, got {len(more)}")
+        settings["stop_ids"] = [*stops, *more]
     return SamplingParams.of(settings)
 
 
-def _conversation(messages: Any, picture: Callable[[str], bytes]) -> list[Any]:
+def _conversation(messages: Any, picture: Callable[[str], bytes], most: int) -> list[Any]:
     """OpenAI's messages as ours: pictures as files, the arguments of tool calls as objects."""
     if not isinstance(messages, list):
         raise InputError(f"messages: expected a list, got {type(messages).__name__}")
-    made, images = [], 0
+    if (shown := sum(map(_shown, messages))) > most:  # before any is fetched
+        raise InputError(f"messages: {shown} pictures exceed the {most} of a slot; show fewer")
+    made = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InputError(f"messages[{i}]: expected an object, got {type(message).__name__}")
         message = {name: value for name, value in message.items() if name != "refusal" and value is not None}
         if isinstance(content := message.get("content"), list):
-            images += sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content)
-            if images > MAX_IMAGES:
-                raise InputError(f"messages: at most {MAX_IMAGES} pictures in a request, got more")
             message["content"] = [_part(part, f"messages[{i}].content[{j}]", picture) for j, part in enumerate(content)]
         if "tool_calls" in message:
             calls = _typed(message, "tool_calls", list, [])
             message["tool_calls"] = [_call(call, f"messages[{i}].tool_calls") for call in calls]
         made.append(message)
     return made
+
+
+def _shown(message: Any) -> int:
+    """How many pictures a message has."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else []
+    return sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
 
 
 def _part(part: Any, where: str, picture: Callable[[str], bytes]) -> Any:

@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,8 @@ from mllama_jax.serve.worker import Piece, Worker
 
 log = logging.getLogger("mllama_jax.serve")
 
-PREPARING = 4  # requests that are prepared at once, their pictures fetched if need be
+PREPARING = 4  # requests at once: more would keep Python's lock from the first
+FETCHING = 32  # that wait for their pictures' hosts meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Service:
         self.ready = False
         self.looking = Looking(model, engine.scheduler.room(0), limits.pictures)
         self._one_looks = asyncio.Lock()  # one at a time, between steps of the engine
-        self._preparing, self._pictures = ThreadPoolExecutor(PREPARING), Pictures(model.config.vision)
+        self._threads, self._few = ThreadPoolExecutor(PREPARING + FETCHING), threading.Semaphore(PREPARING)
+        self._pictures = Pictures(model.config.vision)
 
     def start(self) -> None:
         for worker in self._workers():
@@ -172,33 +175,50 @@ class Service:
             return Read([self.tokenizer.bos, *self.tokenizer.encode(prompt, specials=False)], [])
         if prompt and isinstance(prompt[0], int):
             return Read(list(prompt), [])
-        read = self.model.read(prompt, tools)
 
-        def field(where: str) -> str:
-            return f"messages{where.removeprefix('conversation')}_url"
+        def field(ours: str) -> str:
+            return f"messages{ours.removeprefix('conversation')}"
 
-        return Read(read.tokens, [(field(where), source) for where, source in read.sources])
+        try:
+            read = self.model.read(prompt, tools)
+        except InputError as error:
+            raise InputError(field(str(error)) if str(error).startswith("conversation") else str(error)) from None
+        return Read(read.tokens, [(f"{field(where)}_url", source) for where, source in read.sources])
 
     def read_chat(self, body: dict[str, Any], began: float) -> tuple[Asked, list[Job]]:
         """All in one go: in stages, the first of many requests would be ready when the last has come as far."""
-        asked = protocol.chat_request(body, self.name, self.picture)
+        asked = self.understood(body)
         return asked, self.jobs(asked, began)
+
+    def understood(self, body: dict[str, Any]) -> Asked:
+        """A chat's request, its pictures fetched."""
+        return protocol.chat_request(body, self.name, self.picture, self.limits.pictures)
 
     def jobs(self, asked: Asked, began: float) -> list[Job]:
         """The answers that are asked for, prepared as far as the engine is not needed."""
         config, made = self.model.config, []
+        prompts, each, most = len(asked.prompts), asked.settings.get("n", 1), self.most
+        if prompts * each > most:  # before any is made
+            raise InputError(f"n: {prompts} times {each} answers exceed the {most} that may wait; ask for fewer")
         for asked_prompt in asked.prompts:
             read = self.read(asked_prompt, asked.tools)
             self.worker.engine.scheduler.check_pictures(len(read.sources))
             prompt = read.opened(self._pictures.of)
             tiles = sum(picture.tiles for picture in prompt.images)
             room = self.worker.engine.scheduler.room(tiles) - len(prompt.tokens)
-            for params in protocol.sampling(asked, room, config.stops).each():
+            settings = protocol.sampling(asked, room, config.stops)
+            self.worker.engine.scheduler.check_length(len(prompt.tokens), settings.max_new_tokens, tiles)
+            for params in settings.each():
                 answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
                 guide = None if asked.schema is None else self.guide(asked.schema)
                 request = Request.of(config, prompt, answer, guide)
                 made.append(Job(request, asked_prompt, began))
         return made
+
+    @property
+    def most(self) -> int:
+        """How many requests may have a slot or wait for one."""
+        return self.worker.engine.scheduler.levels[0].rows + self.limits.queue
 
     async def judge(self, prompt: Any, answer: str | None = None) -> Verdict:
         """What the guard says of a prompt's last turn, or of the answer to it; safe where there is no guard."""
@@ -259,11 +279,23 @@ class Service:
         return Vocabulary(self.tokenizer, self.model.config.text.vocab, self.model.config.stops)
 
     def picture(self, url: str) -> bytes:
-        return read_picture(url, self.limits.hosts)
+        """The file at a URL, for what runs `aside`; while its host is waited for others have their turn."""
+        if url.startswith("data:"):
+            return read_picture(url)
+        self._few.release()
+        try:
+            return read_picture(url, self.limits.hosts)
+        finally:
+            self._few.acquire()
 
     async def aside(self, work: Callable[..., Any], *args: Any) -> Any:
         """Do what takes time outside of the event loop, few at once."""
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
+
+        def in_turn() -> Any:
+            with self._few:
+                return work(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, in_turn)
 
 
 def keep_loaded() -> None:
