@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if (why := no_backend()) is None:
+            raise
+        print(f"mllama {args.command}: {why}", file=sys.stderr)
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,14 +80,16 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default=SHIPPED, help="checkpoint directory, gs:// too (default: what ships)")
     for command in (generate, chat, served, moderate):
         command.add_argument("--dtype", help="bfloat16 (default on accelerators), float32 (default on CPU)")
-        command.add_argument("--quantize", choices=QUANTIZATIONS, help="what to keep the decoder's kernels in")
+        command.add_argument(
+            "--quantize", choices=QUANTIZATIONS, help="what to keep the decoder's kernels in, a draft's or guard's too"
+        )
         command.add_argument("--cache", choices=CACHES, help="keep the keys and values of what was read in int8")
     for command in (generate, chat):
-        command.add_argument("--max-new-tokens", type=int, default=256)
+        command.add_argument("--max-new-tokens", type=int, default=256, help="of the answer at most (default: 256)")
         command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-        command.add_argument("--top-k", type=int, default=0)
-        command.add_argument("--top-p", type=float, default=1.0)
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens (default: all)")
+        command.add_argument("--top-p", type=float, default=1.0, help="or from those that have P of the probability")
+        command.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds")
     inspect.add_argument("model", help="checkpoint directory, gs:// too")
@@ -143,6 +150,19 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     sampling = {name: getattr(args, name) for name in names}
     SamplingParams(**sampling)
     return sampling
+
+
+def no_backend() -> str | None:
+    """What to tell where JAX cannot start the devices that it was told to take; None where it can."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked, why = os.environ.get("JAX_PLATFORMS", ""), f"{error}".partition("\n")[0]
+        told = f"JAX_PLATFORMS={asked}: no such device, or no plugin for it"
+        return f"{told}; install the extra cuda or tpu, or unset it{f' ({why})' if why else ''}"
+    return None
 
 
 def default_dtype() -> str:

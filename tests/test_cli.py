@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +53,14 @@ def test_presets_spread_a_model_over_all_devices(run: Run, small_directory: Path
     assert err == (
         "mllama generate: preset 'fast' is not known; known are serve, long-context, evaluate, fsdp, fsdp+tensor\n"
     )
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    command = [sys.executable, "-m", "mllama_jax.cli", "check"]
+    ended = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "nosuch"}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("mllama check: JAX_PLATFORMS=nosuch: no such device, or no plugin for it; install ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_generate(run: Run, small_directory: Path, photo: Path) -> None:

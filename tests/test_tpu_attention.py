@@ -149,10 +149,16 @@ def test_gradients_equal_those_of_xla(name: str) -> None:
 
 def test_the_choice_follows_platform_and_shape() -> None:
     def chosen(
-        platform: str, T: int, visible: Callable | None, dtype: str = "bfloat16", parts: int = 1, small: bool = False
+        platform: str,
+        T: int,
+        visible: Callable | None,
+        dtype: str = "bfloat16",
+        parts: int = 1,
+        small: bool = False,
+        group: int = 1,
     ) -> Any:
         keys = jnp.zeros((1, 1, 256, 16), dtype)
-        q, k = jnp.zeros((1, T, 1, 1, 16), dtype), Int8.of(keys) if small else keys
+        q, k = jnp.zeros((1, T, 1, group, 16), dtype), Int8.of(keys) if small else keys
         found: Any = back_end(q, k, visible, On(platform, parts), ("batch", "kv_heads", "queries", "cache"))
         return getattr(found, "func", found)
 
@@ -160,6 +166,7 @@ def test_the_choice_follows_platform_and_shape() -> None:
     assert chosen("cpu", 256, None) is chosen("cpu", 1, later) is xla
     assert chosen("gpu", 256, None) is chosen("gpu", 1, later) is by_cudnn
     assert chosen("gpu", 1, later, small=True) is over_int8
+    assert chosen("gpu", 1, later, small=True, group=17) is by_cudnn
     assert chosen("tpu", 256, None) is chosen("tpu", 256, prompt) is over_all
     assert chosen("tpu", 256, prompt, small=True) is over_all
     for each in (later, SPANS):

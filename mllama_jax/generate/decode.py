@@ -40,9 +40,9 @@ def one_graph(platform: str) -> dict[str, str] | None:
     return ONE_GRAPH if platform == "gpu" else None
 
 
-def chunk() -> int:
+def chunk(platform: str) -> int:
     """CHUNK, or more on a GPU: cuDNN's causal attention only knows prompts that are read from their beginning."""
-    return 4 * CHUNK if jax.default_backend() == "gpu" else CHUNK
+    return 4 * CHUNK if platform == "gpu" else CHUNK
 
 
 @struct.dataclass
@@ -220,10 +220,10 @@ def prefill(
 
     The cache is empty and has room for T. Padding behind a row's tokens is read too: decode overwrites what it left in
     the cache before anything can see it. `top` is how many of the likeliest tokens to report. Long prompts are read in
-    chunks of at most `chunk()` tokens, which bounds the memory they need.
+    chunks of at most `chunk` tokens, which bounds the memory they need.
     """
     rows, length = tokens.shape
-    size = largest_divisor(length, chunk())
+    size = largest_divisor(length, chunk(model.constrain.platform))
     whole = size == length
 
     def read(carry: tuple, chunk: tuple) -> tuple[tuple, None]:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllama_jax.model.layers import Axes, Constrain, einsum, on_hopper, unconstrained
+from mllama_jax.model.einsum import einsum
+from mllama_jax.model.layers import Axes, Constrain, on_hopper, unconstrained
 from mllama_jax.model.quantize import Int8
 
 SCORES_AT_ONCE = 2**28  # of all rows and heads, before they are spread over a mesh
@@ -104,8 +105,9 @@ def back_end(q: jax.Array, k: jax.Array | Int8, visible: Callable | None, constr
     kernel = None
     if q.dtype != jnp.float32 and whole and constrain.platform == "gpu":
         from mllama_jax.model import gpu_attention as gpu
+        from mllama_jax.model.gpu_decode import QUERIES
 
-        if small and T == 1:
+        if small and T == 1 and q.shape[3] <= QUERIES:
             kernel = gpu.over_int8
         elif T > 1 and isinstance(visible, InSpan) and gpu.takes(visible) and on_hopper(constrain, q.dtype):
             kernel = gpu.by_flash

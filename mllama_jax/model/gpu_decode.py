@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton
 from mllama_jax.model.quantize import Int8
 
 KEYS, WARPS, STAGES = 64, 4, 3  # of a step; of a program; of loads on their way
-QUERIES = 16  # the fewest rows of a product; those of a key/value head are fewer
+QUERIES = 16  # of a key/value head at most: the fewest rows of a product
 PROGRAMS = 1024  # to keep every multiprocessor of a large GPU busy
 NEVER = -1e30
 
