@@ -125,10 +125,13 @@ class Service:
 
     def warming(self) -> Iterator[tuple[int, int]]:
         """Compile and run all that may be asked for, in every process alike; gives how many of how many steps of this
-        are done."""
-        for worker in self._workers():
-            yield from warm_up(worker.engine)
-        yield from self.looking.warm_up()
+        are done, as far as they are known."""
+        before = 0
+        for steps in (*(warm_up(worker.engine) for worker in self._workers()), self.looking.warm_up()):
+            of = 0
+            for done, of in steps:
+                yield before + done, before + of
+            before += of
 
     async def warm_up(self, told: Callable[[int, int], None]) -> None:
         """Go through `warming`, of which `told` hears, and be ready."""
