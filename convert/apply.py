@@ -78,9 +78,12 @@ Parameters = Mapping[Path, Parameter]
 
 def read_config(checkpoint: Checkpoint) -> MllamaConfig:
     """The configuration that a checkpoint's JSON files, and in Meta's layout its tensors, describe."""
-    if checkpoint.layout == "meta":
-        return MllamaConfig.from_meta(checkpoint.params_json, checkpoint.shapes)
-    return MllamaConfig.from_hf(checkpoint.config_json, checkpoint.generation_json)
+    try:
+        if checkpoint.layout == "meta":
+            return MllamaConfig.from_meta(checkpoint.params_json, checkpoint.shapes)
+        return MllamaConfig.from_hf(checkpoint.config_json, checkpoint.generation_json)
+    except InputError as error:
+        raise InputError(f"{checkpoint.directory}/{error}") from None
 
 
 def parameters(checkpoint: Checkpoint, config: MllamaConfig) -> dict[Path, Parameter]:

@@ -47,6 +47,8 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{args.target}: {LAYOUTS[args.to]} layout, {report['tensors']} tensors, {size / 1e9:.3f} GB in {seconds} s")
     if report["resumed"]:
         print(f"  of which {report['resumed']} tensors were there from an earlier run")
+    for note in report["notes"]:
+        print(f"  {note}")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -65,9 +67,11 @@ def _print(report: dict[str, Any]) -> None:
     size, seconds = report["bytes"], report["seconds"]
     print(f"{report['directory']}: {report['tensors']} tensors, {size / 1e9:.3f} GB read in {seconds} s")
     if not report["manifest"]:
-        print("  no manifest: nothing to compare with; `mllama convert` writes one")
+        print("  no manifest: nothing to compare with; `mllama convert --to orbax` writes one")
     elif not report["damaged"]:
         print("  every tensor and file is what was written")
+    if not report["nan"] and not report["infinite"]:
+        print("  no NaN, no infinity")
     for kind in ("nan", "infinite"):
         for name, count in report[kind].items():
             print(f"  {count} {kind} in {name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mllama_jax.errors import InputError
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "USE_POLICY.md")
 
 
@@ -20,7 +20,7 @@ def local(source: str | os.PathLike[str], revision: str | None = None) -> str | 
     Raises:
         InputError: the name is unknown, its licence not accepted, or the hub out of reach.
     """
-    if Path(source).exists() or not isinstance(source, str) or not _NAME.fullmatch(source):
+    if Path(source).exists() or not isinstance(source, str) or not NAME.fullmatch(source):
         if revision is not None:
             raise InputError(f"{source}: revision {revision!r} is for names on huggingface.co; leave it out")
         return source

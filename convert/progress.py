@@ -25,12 +25,15 @@ def unfinished(store: Store) -> bool:
 
 
 def check_new(store: Store) -> None:
-    """Raise InputError where `store` holds anything."""
-    if keys := store.names():
-        raise InputError(
-            f"{store.location}: already holds {keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}; "
-            "expected a new or empty directory; choose another target"
-        )
+    """Raise InputError where `store` is a file or holds anything."""
+    expected = "expected a new or empty directory; choose another target"
+    if not store.remote and os.path.isfile(store.location):
+        raise InputError(f"{store.location}: is a file; {expected}")
+    # a kill may leave the folder of notes with nothing in it
+    held = [name for name in store.top() if f"{name}/" != _FOLDER] or store.names(_FOLDER)
+    if held:
+        more = f" and {len(held) - 1} more" if held[1:] else ""
+        raise InputError(f"{store.location}: already holds {held[0]}{more}; {expected}")
 
 
 class Progress:
@@ -43,7 +46,7 @@ class Progress:
 
     def __init__(self, store: Store, job: Mapping[str, Any], sizes: Mapping[str, int], title: str):
         self.store, self.sizes = store, sizes
-        keys, begun = store.names(), store.read(_JOB)
+        begun = store.read(_JOB)
         if begun is None:
             check_new(store)
             store.write(_JOB, json.dumps(job, indent=1).encode())
@@ -53,8 +56,8 @@ class Progress:
                 "another target"
             )
         self.notes: dict[str, dict[str, Any]] = {}
-        for key in keys:
-            if key.startswith(_FOLDER) and key != _JOB:
+        for key in store.names(_FOLDER):
+            if key != _JOB:
                 self.notes |= json.loads(store.read(key) or b"{}")
         self.resumed = len(self.notes)
         before = sum(sizes[key] for key in self.notes)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllama_jax.config import QUANTIZATIONS
+from mllama_jax.config import QUANTIZATIONS, TextConfig
 from mllama_jax.convert import edits
 from mllama_jax.convert.apply import renamed, tensors
 from mllama_jax.convert.export import hf_files, meta_params
@@ -65,7 +65,8 @@ def convert(
         quantize: what the decoder's kernels become, as in `load`; in our layout only.
 
     Returns:
-        What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds.
+        What was done: layouts, numbers of tensors and bytes, how many tensors an earlier run had finished, seconds;
+        `notes`: what the target's layout does not hold, a line each.
 
     Raises:
         InputError: the source, the target or an argument cannot be used; the disk is full.
@@ -102,6 +103,9 @@ def convert(
     job |= {key: str(absolute(value)) for key, value in (("text_from", text_from), ("lora", lora)) if value}
     job |= {"quantize": quantize} if quantize else {}
     job["fingerprint"] = _fingerprint([absolute(each) for each in (source, text_from, lora) if each is not None])
+    notes, context = [], model.config.text.context
+    if to == "meta" and context != TextConfig.context:
+        notes = [f"params.json has no field for the context, {context}; it will be read as {TextConfig.context}"]
     store = Store(target)
     done = _written(plan, store, job, f"{checkpoint.layout} -> {to}", "run the same command again")
     return {
@@ -113,6 +117,7 @@ def convert(
         "bytes": sum(plan.sizes.values()),
         "resumed": done.resumed,
         "seconds": round(time.monotonic() - start, 3),
+        "notes": notes,
     }
 
 

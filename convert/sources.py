@@ -1,4 +1,4 @@
-"""A checkpoint directory in Hugging Face's or Meta's layout as one set of named tensors, none of them read yet."""
+"""A checkpoint of any layout, in a directory or a bucket, as one set of named tensors, none of them read yet."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mllama_jax.convert.files import Tensors, read_json
+from mllama_jax.convert.hub import NAME
 from mllama_jax.convert.manifest import EXTRA, MANIFEST, TREE, StoredArrays, read_manifest
 from mllama_jax.convert.progress import unfinished
 from mllama_jax.convert.pth import PthFile
@@ -92,15 +93,16 @@ def open_checkpoint(
     """
     place = absolute(directory) if is_bucket(directory) else Path(directory)
     if isinstance(place, Path) and not place.is_dir():
-        raise InputError(
-            f"{place}: {'is a file' if place.exists() else 'does not exist'}; expected a checkpoint directory"
-        )
+        fault = "is a file" if place.exists() else "does not exist"
+        hub = NAME.fullmatch(os.fspath(directory)) and not place.exists()
+        hint = f"; if huggingface.co has it, `mllama convert {place} DIR` fetches it" if hub else ""
+        raise InputError(f"{place}: {fault}; expected a checkpoint directory{hint}")
     store = Store(place)
     if unfinished(store):
         raise InputError(f"{place}: its conversion has not ended; run the same `mllama convert` again to finish it")
     if (place / TREE).exists():
         return _open_ours(place)
-    present = _names(store, place)
+    present = set(store.top())
     hf = sorted(present & {_SINGLE, _INDEX})
     meta = sorted(filter(_META_SHARD.fullmatch, present))
     if len(hf) > 1 or (hf and meta) or (len(meta) > 1 and "consolidated.pth" in meta):
@@ -116,13 +118,6 @@ def open_checkpoint(
         f"{place}: no checkpoint: expected {_SINGLE}, {_INDEX}, consolidated.pth, consolidated.00.pth "
         f"or {MANIFEST}{hint}"
     )
-
-
-def _names(store: Store, place: Path | BucketPath) -> set[str]:
-    """Of files, and on a disk of folders."""
-    if isinstance(place, Path):
-        return {path.name for path in place.iterdir()}
-    return {key for key in store.names() if "/" not in key}
 
 
 def _open_hf(directory: Path | BucketPath, present: set[str]) -> Checkpoint:

@@ -122,6 +122,17 @@ class Store:
         with explained(self.location):
             return sorted(key.decode() for key in self._files.list(ts.KvStore.KeyRange(prefix, behind)).result())
 
+    def top(self) -> list[str]:
+        """The files and folders at its top, sorted; none where there is no such directory."""
+        if self.remote:
+            return sorted({key.partition("/")[0] for key in self.names()})
+        try:
+            return sorted(os.listdir(self.location or "/"))  # the root has lost its slash
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(f"{self.location}: {error.strerror}") from None
+
     def array(self, name: str, **spec: Any) -> ts.TensorStore:
         """Opens the Zarr array `name`; `spec` as TensorStore takes it."""
         where = f"{self.location}/{name}"

@@ -127,7 +127,7 @@ def _self_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
         ),
         heads,
     )
-    yield from _layer_rest(c, ours, hf, meta, "self_attn")
+    yield from _layer_rest(ours, hf, meta, "self_attn")
 
 
 def _cross_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
@@ -153,10 +153,10 @@ def _cross_layer(c: TextConfig, ours: str, hf: str, meta: str) -> Iterator[Row]:
         )
     yield _same(f"{ours}/attention_gate", f"{hf}cross_attn_attn_gate", f"{meta}gate_attn", "one -> one")
     yield _same(f"{ours}/mlp_gate", f"{hf}cross_attn_mlp_gate", f"{meta}gate_ffwd", "one -> one")
-    yield from _layer_rest(c, ours, hf, meta, "cross_attn")
+    yield from _layer_rest(ours, hf, meta, "cross_attn")
 
 
-def _layer_rest(c: TextConfig, ours: str, hf: str, meta: str, kind: str) -> Iterator[Row]:
+def _layer_rest(ours: str, hf: str, meta: str, kind: str) -> Iterator[Row]:
     """What self- and cross-attention layers have alike."""
     yield _same(f"{ours}/attention/out/kernel", f"{hf}{kind}.o_proj.weight", f"{meta}attention.wo.weight", "d f -> d f")
     yield _same(f"{ours}/attention_norm/scale", f"{hf}input_layernorm.weight", f"{meta}attention_norm.weight", "d -> d")

@@ -226,9 +226,10 @@ def _from_hf(config: dict[str, Any], generation: dict[str, Any]) -> MllamaConfig
         raise InputError(f"config.json: model_type must be 'mllama' or 'llama' (text only), got {kind!r}")
     top.close()
     nested_text = config.get("text_config") or {}
-    ids: dict[str, Any] = {}
-    for source in (nested_text, config, generation):  # the later, the more it counts
-        ids |= {key: source[key] for key in _SPECIAL if source.get(key) is not None}
+    sources = {"config.json: text_config": nested_text, "config.json": config, "generation_config.json": generation}
+    ids: dict[str, tuple[str, Any]] = {}
+    for where, source in sources.items():  # the later, the more it counts
+        ids |= {key: (where, source[key]) for key in _SPECIAL if source.get(key) is not None}
     return MllamaConfig(
         text,
         vision,
@@ -241,12 +242,12 @@ def _from_hf(config: dict[str, Any], generation: dict[str, Any]) -> MllamaConfig
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _special(ids: Mapping[str, Any], key: str, default: int, text: TextConfig) -> tuple[int, ...]:
-    """The token ids under `key`, one or a list."""
-    value = ids.get(key, default)
+def _special(ids: Mapping[str, tuple[str, Any]], key: str, default: int, text: TextConfig) -> tuple[int, ...]:
+    """The token ids under `key`, one or a list; `ids` has with each where it was found."""
+    where, value = ids.get(key, ("", default))
     values = value if isinstance(value, list) else [value]
     if not values or not all(type(i) is int and (i == default or -1 <= i <= text.vocab) for i in values):
-        raise InputError(f"config.json: '{key}' must be a token id below {text.vocab} or a list of them, got {value!r}")
+        raise InputError(f"{where}: '{key}' must be a token id below {text.vocab} or a list of them, got {value!r}")
     return tuple(values)
 
 
@@ -279,7 +280,7 @@ def _hf_text(keys: _Keys, multimodal: bool) -> TextConfig:
         cross_layers=cross,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=keys.integer("head_dim", width // heads),
+        head_dim=keys.integer("head_dim"),
         hidden=keys.integer("intermediate_size"),
         norm_eps=keys.number("rms_norm_eps", 1e-5),
         rope_theta=_Keys(keys.where, rope).number("rope_theta"),
@@ -372,7 +373,7 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     vocab = keys.integer("vocab_size")
     if keys.values.get("ffn_dim_multiplier") is None:
         keys.values["ffn_dim_multiplier"] = 1.0
-    hidden = int(keys.number("ffn_dim_multiplier", 1.0) * int(2 * 4 * width / 3))
+    hidden = int(keys.number("ffn_dim_multiplier") * int(2 * 4 * width / 3))
     if width % heads or heads % keys.integer("n_kv_heads", heads):
         raise InputError(f"params.json: dim {width} must divide into n_heads {heads}, and these into n_kv_heads")
     multiple = keys.integer("multiple_of", 256)
@@ -396,7 +397,7 @@ def _from_meta(params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         patch_in = shapes[encoder + "conv1._linear.weight"]
         c_fc = shapes[encoder + "transformer.resblocks.0.mlp.c_fc.weight"]
     except KeyError as missing:
-        raise InputError(f"checkpoint: tensor {missing} is missing; the vision tower's size follows from it") from None
+        raise InputError(f"params.json: tensor {missing}, which gives the vision tower's size, is missing") from None
     patch = math.isqrt(patch_in[1] // 3)
     layers_seen = _count(shapes, encoder + "transformer.resblocks.")
     vision = VisionConfig(

@@ -309,6 +309,8 @@ def test_spans(tokens: str, spans: list[tuple[int, int]]) -> None:
     ("name", "content"),
     [
         ("chat_template.jinja", b"\xff\xfe"),
+        ("chat_template.jinja", b"{% if"),
+        ("chat_template.json", b'{"chat_template": "{% if"}'),
         ("chat_template.json", b'{"chat_template": ["x"]}'),
         ("chat_template.json", b'{"chat_template": [{"name": "default"}]}'),
         ("tokenizer_config.json", b"[" * 100_000),

@@ -41,7 +41,13 @@ def test_there_and_back(run: Run, small_directory: Path, tmp_path: Path) -> None
     code, out, _ = run("verify", ours)
     assert (code, out.splitlines()[1]) == (0, "  every tensor and file is what was written")
     code, out, _ = run("verify", back)
-    assert (code, out.splitlines()[1]) == (0, "  no manifest: nothing to compare with; `mllama convert` writes one")
+    assert (code, out.splitlines()[1:]) == (
+        0,
+        ["  no manifest: nothing to compare with; `mllama convert --to orbax` writes one", "  no NaN, no infinity"],
+    )
+    code, out, _ = run("convert", ours, tmp_path / "meta", "--to", "meta")
+    told = "  params.json has no field for the context, 512; it will be read as 131072"
+    assert (code, out.splitlines()[1:]) == (0, [told])
 
 
 def test_mistakes(run: Run, small_directory: Path, tmp_path: Path) -> None:
@@ -53,6 +59,7 @@ def test_mistakes(run: Run, small_directory: Path, tmp_path: Path) -> None:
         (("verify", ours), f"{ours}: 1 damaged: text.final_norm.scale"),
         (("verify", tmp_path / "absent"), "absent: does not exist; expected a checkpoint directory"),
         (("convert", small_directory, ours), f"{ours}: already holds"),
+        (("convert", small_directory, chunk), f"{chunk}: is a file; expected a new or empty directory"),
         (("convert", small_directory, tmp_path / "b", "--dtype", "int8"), "dtype must be one of bfloat16"),
         (("convert", small_directory, tmp_path / "b", "--to", "meta", "--shards", "5"), "shards must be 1, 2, 4 or 8"),
         (("convert", small_directory, tmp_path / "b", "--revision", "v1"), "is for names on huggingface.co"),

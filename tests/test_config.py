@@ -159,6 +159,11 @@ def test_a_missing_stop_token_is_the_models(generation: dict[str, Any]) -> None:
     assert MllamaConfig.from_hf(LLAMA | {"eos_token_id": None}).stops == (128001,)
 
 
+def test_a_bad_id_is_blamed_on_its_file() -> None:
+    with pytest.raises(InputError, match=r"^generation_config.json: 'eos_token_id' must be a token id below 128256"):
+        MllamaConfig.from_hf(OLD, {"eos_token_id": 128257})
+
+
 def changed(where: str, **values: Any) -> dict[str, Any]:
     config = copy.deepcopy(OLD)
     (config[where] if where else config).update(values)
@@ -188,7 +193,10 @@ def changed(where: str, **values: Any) -> dict[str, Any]:
         (changed("text_config", rope_theta="x"), "'rope_theta' must be a positive number, got 'x'"),
         (changed("text_config", rope_theta=10**400), "'rope_theta' must be a positive number"),
         (changed("text_config", head_dim="64"), "'head_dim' must be a positive integer below 2**31, got '64'"),
-        (changed("text_config", eos_token_id="</s>"), "'eos_token_id' must be a token id below 128256"),
+        (
+            changed("text_config", eos_token_id="</s>"),
+            "config.json: text_config: 'eos_token_id' must be a token id below 128256",
+        ),
         (changed("vision_config", intermediate_layers_indices=None), "must list different indices below 32, got None"),
         (changed("text_config", rope_scaling={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
         (changed("vision_config", hidden_act="quick_gelu"), "hidden_act='quick_gelu' is not supported"),

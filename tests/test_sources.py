@@ -143,6 +143,8 @@ def test_directories_without_a_checkpoint_are_refused(tmp_path, present, says):
 
 def test_paths_that_are_no_directory_are_refused(tmp_path):
     assert "absent: does not exist; expected a checkpoint directory" in fault(open_checkpoint, tmp_path / "absent")
+    assert fault(open_checkpoint, "no/model").endswith("`mllama convert no/model DIR` fetches it")
+    assert fault(open_checkpoint, "../no-model").endswith("does not exist; expected a checkpoint directory")
     (tmp_path / "file").touch()
     assert "file: is a file; expected a checkpoint directory" in fault(open_checkpoint, tmp_path / "file")
 

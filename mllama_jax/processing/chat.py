@@ -92,7 +92,7 @@ def load_template(directory: str | os.PathLike[str]) -> ChatTemplate:
     alone, wrapped = folder / "chat_template.jinja", _read_json(folder / "chat_template.json")
     if alone.is_file():
         try:
-            return ChatTemplate(alone.read_text(encoding="utf-8"), variables)
+            return _template(alone, alone.read_text(encoding="utf-8"), variables)
         except UnicodeDecodeError:
             raise InputError(f"{alone}: expected text in UTF-8; fetch the file again") from None
     for found, where in ((wrapped, "chat_template.json"), (config, "tokenizer_config.json")):
@@ -101,11 +101,19 @@ def load_template(directory: str | os.PathLike[str]) -> ChatTemplate:
             named = [each for each in source if isinstance(each, dict) and each.get("name") == "default"]
             source = named[0].get("template", source) if named else source
         if isinstance(source, str):
-            return ChatTemplate(source, variables)
+            return _template(folder / where, source, variables)
         if source is not None:
             raise InputError(f"{folder / where}: 'chat_template' must be text or a list with one named 'default'")
     default = resources.files("mllama_jax.processing").joinpath("chat_template.jinja")
     return ChatTemplate(default.read_text(encoding="utf-8"), variables)
+
+
+def _template(path: Path, source: str, variables: Mapping[str, str]) -> ChatTemplate:
+    """A template of the file `path`, which is named only here: what goes wrong later may be told to a server's user."""
+    try:
+        return ChatTemplate(source, variables)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Reader:
         following, sources = iter(images), []
         shown = [_with_pictures(message, following, sources, folder) for message in messages]
         if left := sum(1 for _ in following):
-            raise InputError(f"images: {len(images)} pictures but {len(images) - left} image parts without their own; a picture needs a part {{"type": "image"}}")
+            parts = f"{len(images) - left} image parts without their own"
+            raise InputError(f'images: {len(images)} pictures but {parts}; each needs one, {{"type": "image"}}')
         if sources and self.config.vision is None:
             raise InputError("shows a picture, and this model is text-only")
         tokens = encode_conversation(shown, self.tokenizer, self.template, add_generation_prompt=False).tokens
