@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import statistics
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mllama_jax.sharding.mesh import Chip
 
 DTYPES = ("bfloat16", *QUANTIZATIONS)
+CONTEXT, LONG = 1024, 8192  # positions in decode, tokens of a long prompt, in models that have so many
 PROMPT, NEW = 128, 128  # tokens behind the picture in the figures of a first token and an answer, and of the answer
 SPREAD_ERROR = 0.05  # of the largest logit, that weights of any dtype may round differently on several devices
 
@@ -75,8 +77,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32], help="batch sizes of decode")
     parser.add_argument("--images", nargs="+", type=int, default=[1, 8], help="pictures encoded at once")
-    parser.add_argument("--context", type=int, default=1024, help="positions of a row in decode")
-    parser.add_argument("--prompt", type=int, default=8192, help="tokens of a long prompt")
+    parser.add_argument("--context", type=int, help=f"positions of a row in decode (default: {CONTEXT}, or all)")
+    parser.add_argument("--prompt", type=int, help=f"tokens of a long prompt (default: {LONG}, or all)")
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--versus", choices=["transformers"], help="the peer, on the same device just before")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures over their floors")
@@ -89,20 +91,27 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from mllama_jax.check import environment
     from mllama_jax.generate.decode import STEPS
-    from mllama_jax.planner import config_of
-    from mllama_jax.sharding.rules import mesh_axes
+    from mllama_jax.planner import check_plot, config_of
 
     for name in ("rows", "images", "mesh"):
         if bad := [n for n in getattr(args, name) if n < 1]:
             raise InputError(f"--{name} must be at least 1, got {bad[0]}")
-    for name, least in (("context", STEPS + 1), ("prompt", 1), ("repeat", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise InputError(f"--plot must name a .png file, got {args.plot}")
+    if args.repeat < 1:
+        raise InputError(f"--repeat must be at least 1, got {args.repeat}")
+    check_plot(args.plot)
     config = config_of(args.model)
+    longest, heads = config.text.context, config.text.heads
+    for name, least, default in (("context", STEPS + 1, CONTEXT), ("prompt", 1, LONG)):
+        if (value := getattr(args, name)) is None:
+            setattr(args, name, min(default, longest))
+        elif value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
+        elif value > longest:
+            raise InputError(f"--{name} must be at most the model's {longest}, got {value}")
     for devices in args.mesh:
-        mesh_axes("serve", config, devices)
+        if heads % devices:  # the preset would split rows, of which most figures have one
+            works = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise InputError(f"--mesh must divide the model's {heads} heads, got {devices}; {works} do")
     asked = ["--context", args.context, "--prompt", args.prompt, "--rows", *args.rows, "--images", *args.images]
     peers = ask_peer("figures", *asked) if args.versus else {}  # first: JAX keeps the memory that it once had
     import jax
@@ -110,8 +119,9 @@ def run(args: argparse.Namespace) -> None:
     if (most := max(args.mesh)) > jax.device_count():
         raise InputError(f"--mesh must be at most {jax.device_count()}, the devices of this machine, got {most}")
     where, found = environment() | {"model": args.model, "versus": args.versus}, []
+    shown = {name: value for name, value in where.items() if value is not None}
     tell = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    tell("\n".join(f"{name:<12} {value}" for name, value in where.items()) + "\n\n" + HEADER)
+    tell("\n".join(f"{name:<12} {value}" for name, value in shown.items()) + "\n\n" + HEADER)
     errors: dict[str, float] = {}
     for dtype, devices in itertools.product(args.dtype, args.mesh):
         if devices > 1:
@@ -121,8 +131,6 @@ def run(args: argparse.Namespace) -> None:
             peer = peers.get(figure.name) if (dtype, devices) == ("bfloat16", 1) else None
             found.append(dataclasses.replace(figure, peer=peer))
             tell(line(found[-1]))
-    if args.plot is not None:
-        draw(f"{args.model} on {where['devices']}", found, args.plot)
     rates = best(found)
     if args.json:
         told = [dataclasses.asdict(each) for each in found]
@@ -130,7 +138,9 @@ def run(args: argparse.Namespace) -> None:
     else:
         for name, unit in (("read", "B/s"), ("computed", "OP/s")):
             rate, figure = rates[name]
-            print(f"best rate of this run, {name}: {rate / 1e12:.3g} T{unit} a device ({figure} devices)")
+            print(f"best rate of this run, {name}: {rate / 1e12:.3g} T{unit} a device ({figure})")
+    if args.plot is not None:
+        draw(f"{args.model} on {where['devices']}", found, args.plot)
 
 
 _COLUMNS = {"median": 9, "low": 9, "high": 9, "floor": 9, "x floor": 8, "GiB": 7, "peer": 9, "ratio": 7}
@@ -199,7 +209,11 @@ def best(figures: list[Figure]) -> dict[str, tuple[float, str]]:
         "computed": lambda figure: 1e3 * figure.operations / figure.median,
     }
     fastest = {name: max(figures, key=rate) for name, rate in rates.items()}
-    return {name: (rates[name](each), f"{each.name}, {each.dtype}, {each.devices}") for name, each in fastest.items()}
+    return {name: (rates[name](each), f"{each.name}, {each.dtype}, {_devices(each)}") for name, each in fastest.items()}
+
+
+def _devices(figure: Figure) -> str:
+    return f"{figure.devices} device{'s' if figure.devices > 1 else ''}"
 
 
 def measure(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -228,6 +242,8 @@ def chip() -> Chip | None:
 
 def ask_peer(what: str, *options: Any) -> dict[str, float]:
     """What `bench_peer` measures of transformers, in a process of its own so that its memory is free afterwards."""
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"--versus transformers needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     command = [sys.executable, "-m", "mllama_jax.bench_peer", what, *options]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -238,13 +254,11 @@ def ask_peer(what: str, *options: Any) -> dict[str, float]:
 
 def draw(title: str, figures: list[Figure], path: Path) -> None:
     """Draw every figure as a bar, its floor as a line in it."""
-    try:
-        from matplotlib.figure import Figure as Canvas
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'mllama-jax[plan]'") from None
+    from matplotlib.figure import Figure as Canvas
+
     canvas = Canvas(figsize=(9, 1 + 0.4 * len(figures)), layout="constrained")
     axes = canvas.subplots()
-    names = [f"{each.name}, {each.dtype}, {each.devices} devices" for each in figures]
+    names = [f"{each.name}, {each.dtype}, {_devices(each)}" for each in figures]
     axes.bar_label(
         axes.barh(names, [figure.median for figure in figures], color="tab:blue", label="measured"), fmt="%.2f"
     )

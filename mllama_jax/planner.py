@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs here: the programs are only compiled
     place = topology(args.topology)
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise InputError(f"--plot must name a .png file, got {args.plot}")
+    check_plot(args.plot)
     load = Workload(args.slots, args.context, args.images)
     if args.train is not None:
         _run_training(args, place, load)
@@ -73,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
         cache=args.cache,
         compiled=False if args.arithmetic else None,
     )
+    print(json.dumps(dataclasses.asdict(made)) if args.json else text(args.model, made))
     if args.plot is not None:
         draw(args.model, made, args.plot)
-    print(json.dumps(dataclasses.asdict(made)) if args.json else text(args.model, made))
 
 
 def _run_training(args: argparse.Namespace, place: Topology, load: Workload) -> None:
@@ -109,6 +110,20 @@ def training_text(model: str, plan: TrainPlan) -> str:
         f"a step does {plan.flops / 1e12:.0f} TFLOP; it takes at least {plan.seconds:.2f} s",
     ]
     return "\n".join(lines)
+
+
+def check_plot(file: Path | None) -> None:
+    """Raise InputError where nothing can be drawn into the file of `--plot`; before anything is made that is lost."""
+    if file is None:
+        return
+    if file.suffix != ".png":
+        raise InputError(f"--plot must name a .png file, got {file}")
+    if file.is_dir():
+        raise InputError(f"--plot: {file}: expected the name of a file, got a folder")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"--plot: {file}: cannot write there; expected a folder that exists, got {file.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'mllama-jax[plan]'")
 
 
 def config_of(model: str) -> MllamaConfig:
@@ -180,10 +195,8 @@ def text(model: str, plan: Plan) -> str:
 
 def draw(model: str, plan: Plan, path: Path) -> None:
     """Draw the memory of a device as a bar, and the floors of a decode step."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'mllama-jax[plan]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     memory, time = figure.subplots(2, 1, height_ratios=(1, 1.4))
     largest = max(plan.programs.values(), key=lambda program: program.temporaries + program.code)

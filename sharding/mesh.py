@@ -104,9 +104,6 @@ class Topology:
         ring = 4 if len(self.shape) == 3 else 16
         return max(sum(n // 2 if n % ring == 0 else n - 1 for n in self.shape), self.devices > 1)
 
-    def describe(self) -> str:
-        return f"{self.name} ({self.cloud}): {self.chips} chip{'s' if self.chips > 1 else ''}, {self.devices} devices"
-
     def compile_devices(self) -> Sequence[Any]:
         """Devices to compile for, without having any."""
         from mllama_jax.sharding.compiler import tpu_topology

@@ -18,8 +18,6 @@ from mllama_jax.sharding.resolve import device_bytes
 from mllama_jax.sharding.roofline import Floor, expected_collectives, floor, row_temporaries, temporaries
 from mllama_jax.sharding.rules import check_preset, mesh_axes, preset_rules
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
@@ -46,7 +44,8 @@ class Plan:
         source: "compiler", or "arithmetic" where none was asked.
         needed: bytes at the fullest moment: weights, caches, and the program with the largest temporaries.
         largest_slots: how many rows of this context and so many pictures fit; 0 where the weights alone do not.
-        nearest: the smallest slice of the same chips that fits, else of other chips; None where this one does.
+        nearest: the smallest slice of the same chips that fits, else of other chips; None where this one does,
+            or none.
     """
 
     topology: str

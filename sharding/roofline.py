@@ -110,7 +110,7 @@ def _widened(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def row_temporaries(text: TextConfig) -> int:
-    """About what decode needs for one more row: its logits, and what sorting them takes, eight times in float32."""
+    """Room for one more row in decode: its logits and what sampling makes of them, eight times in float32 at most."""
     return 8 * 4 * text.vocab
 
 

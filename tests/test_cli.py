@@ -113,7 +113,7 @@ def broken_json(directory: Path) -> None:
     ("damage", "message"),
     [
         (cut_short, "model.safetensors"),
-        (other_architecture, "config.json: model_type must be 'mllama' or 'llama' (text only), got 'qwen2_vl'"),
+        (other_architecture, "copy/config.json: model_type must be 'mllama' or 'llama' (text only), got 'qwen2_vl'"),
         (no_weights, "no checkpoint"),
         (no_tokenizer, "no tokenizer.json or tokenizer.model here"),
         (broken_json, "config.json"),
@@ -177,7 +177,13 @@ def test_prompt_longer_than_the_context(run: Run, small_directory: Path) -> None
     refused(run("generate", "--model", small_directory, "word " * 2000), "exceed the context of 512")
 
 
-@pytest.mark.parametrize("wrong", [("--rows", 0), ("--context", 3), ("--plot", "b.gif"), ("--mesh", 99)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *[("--rows", 0), ("--context", 3), ("--context", 513), ("--prompt", 513), ("--mesh", 99), ("--mesh", 3)],
+        *[("--plot", "b.gif"), ("--plot", "/nowhere/b.png")],
+    ],
+)
 def test_bench_refuses_what_it_cannot_time(run: Run, small_directory: Path, wrong: tuple) -> None:
     code, out, err = run("bench", small_directory, *wrong)
     assert (code, out) == (2, "")

@@ -302,6 +302,7 @@ def test_folders_that_cannot_be_used(run: Run, data: Path, task: Path, small_dir
     refused("holds other files", tmp_path)
     refused("the runs differ in 2 questions, such as 'q4'", tmp_path / "c", "--limit", 6, "--versus", run_folder)
     refused("--batch must be at least 1, got 0", tmp_path / "c", "--batch", 0)
+    refused("groups of 3 must divide", tmp_path / "grouped", "--group", 3)
     refused("nowhere/page.html: cannot write there", tmp_path / "c", "--html", tmp_path / "nowhere/page.html")
     refused("is no run's folder", tmp_path / "c", "--versus", tmp_path / "absent")
     result = run_folder / "result.json"

@@ -146,3 +146,10 @@ def test_the_command(
     assert "|toy_until|" in capsys.readouterr().out
     assert cli.main([*command, "--tasks", "toy_untl"]) == 2
     assert "--tasks: toy_untl: not known to lm-eval" in capsys.readouterr().err
+    (tmp_path / "data.parquet").rename(tmp_path / "elsewhere.parquet")
+    command[command.index(str(tmp_path / "run"))] = str(tmp_path / "again")
+    assert cli.main([*command, "--tasks", "toy_rolling"]) == 2
+    assert "--tasks: toy_rolling: the data cannot be had" in capsys.readouterr().err
+    command[command.index(str(tasks))] = str(tmp_path / "nowhere")
+    assert cli.main([*command, "--tasks", "toy_until"]) == 2
+    assert "--include: " in capsys.readouterr().err

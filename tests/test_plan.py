@@ -210,6 +210,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["90b", "--topology", "h100:8", "--preset", "fsdp"], "every parameter is split, as fsdp does"),
         (["70b", "--topology", "v6e-8"], "70b: neither a directory nor one of 11b"),
         (["90b", "--topology", "v6e-8", "--plot", "x.pdf"], "--plot must name a .png file"),
+        (["90b", "--topology", "v6e-8", "--plot", "/nowhere/x.png"], "--plot: /nowhere/x.png: cannot write there"),
         (["90b", "--topology", "v6e-8", "--train", "lora"], "--train asks the compiler of whole weights"),
     ],
 )

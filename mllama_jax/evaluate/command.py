@@ -184,7 +184,7 @@ def _load(args: argparse.Namespace) -> Mllama:
     from mllama_jax.loading import preset_mesh
 
     use_compilation_cache()
-    mesh = preset_mesh(args.model, "evaluate", args.group) if jax.device_count() > 1 else None
+    mesh = preset_mesh(args.model, "evaluate", args.group) if max(jax.device_count(), args.group or 1) > 1 else None
     with stage(f"loading {args.model}"):
         return load(args.model, dtype=args.dtype, quantize=args.quantize, cache=args.cache, mesh=mesh, rules="evaluate")
 

@@ -149,9 +149,25 @@ def version() -> str:
     return f"lm-eval {metadata.version('lm-eval')}"
 
 
+class _Tasks(TaskManager):
+    """Tasks whose data cannot be fetched cost a line; lm-eval builds them once it has set its seeds, not before."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except OSError as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"--tasks: {', '.join(task_list)}: the data cannot be had: {reason}; the Hub's needs a "
+                "first run where huggingface.co answers, which keeps it in HF_HOME"
+            ) from None
+
+
 def tasks_of(include: Path | None, tasks: Sequence[str]) -> TaskManager:
-    """lm-eval's tasks and those of a folder; InputError where one is not among them."""
-    manager = TaskManager(include_path=None if include is None else str(include))
+    """lm-eval's tasks and those of a folder; InputError where one is not among them, or there is no such folder."""
+    if include is not None and not include.is_dir():
+        raise InputError(f"--include: {include}: expected a folder of .yaml files, got none")
+    manager = _Tasks(include_path=None if include is None else str(include))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise InputError(f"--tasks: {', '.join(unknown)}: not known to lm-eval; `lm-eval ls tasks` lists its own")
     return manager
