@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 CHROMIUM ?= /usr/bin/chromium
-TESTS ?= tests
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test test-all lint
@@ -12,7 +11,7 @@ demo: $(VENV)/.runtime
 	$(RUN) -m mllama_jax.demo
 
 test: $(VENV)/.test lint
-	$(RUN) -m pytest -n auto $(TESTS)
+	$(RUN) -m pytest -n auto
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
