@@ -142,10 +142,8 @@ class App:
             raise Refused(429, "too many requests wait; try again later", "rate_limit_error", **RETRY)
 
     async def _take(self, asked: Asked, jobs: list[Job], field: str) -> None:
-        """Refuses what does not fit, and what the guard refuses."""
+        """Refuses what finds no room, and what the guard refuses."""
         self._admit(len(jobs) - 1)
-        for job in jobs:
-            self.scheduler.check(job.request)
         for prompt in asked.prompts:
             verdict = await self.service.judge(prompt)
             if not verdict.safe:

@@ -198,19 +198,21 @@ class Service:
         return protocol.chat_request(body, self.name, self.picture, self.limits.pictures)
 
     def jobs(self, asked: Asked, began: float) -> list[Job]:
-        """The answers that are asked for, prepared as far as the engine is not needed."""
-        config, made = self.model.config, []
+        """The answers that are asked for, prepared as far as the engine is not needed.
+
+        Raises InputError, also where one can never have a slot.
+        """
+        config, scheduler, made = self.model.config, self.worker.engine.scheduler, []
         prompts, each, most = len(asked.prompts), asked.settings.get("n", 1), self.most
         if prompts * each > most:  # before any is made
             raise InputError(f"n: {prompts} times {each} answers exceed the {most} that may wait; ask for fewer")
         for asked_prompt in asked.prompts:
             read = self.read(asked_prompt, asked.tools)
-            self.worker.engine.scheduler.check_pictures(len(read.sources))
+            scheduler.check_pictures(len(read.sources))
             prompt = read.opened(self._pictures.of)
             tiles = sum(picture.tiles for picture in prompt.images)
-            room = self.worker.engine.scheduler.room(tiles) - len(prompt.tokens)
-            settings = protocol.sampling(asked, room, config.stops)
-            self.worker.engine.scheduler.check_length(len(prompt.tokens), settings.max_new_tokens, tiles)
+            settings = protocol.sampling(asked, scheduler.room(tiles) - len(prompt.tokens), config.stops)
+            scheduler.check_length(len(prompt.tokens), settings.max_new_tokens, tiles)
             for params in settings.each():
                 answer = Answer(params, config.stops if params.stop_ids is None else params.stop_ids, self.tokenizer)
                 guide = None if asked.schema is None else self.guide(asked.schema)
